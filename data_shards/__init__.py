@@ -1,0 +1,1 @@
+"""Pictures -> shards -> batches. Never imports trainer."""

@@ -1,0 +1,97 @@
+"""Augmentation parameters: a pure function of (seed, epoch, sample, visit), fed to DALI as data."""
+
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+from data_shards.counter_random import uniform
+from data_shards.plan import Draws, Ints
+
+Floats = NDArray[np.float32]
+
+_AREA, _ASPECT, _LEFT, _TOP, _MIRROR, _BRIGHTNESS, _CONTRAST, _SATURATION, _GREYSCALE = range(100, 109)
+
+
+@dataclass(kw_only=True, frozen=True)
+class AugmentConfig:
+    mirror: float = 0.5
+    """Probability of a left-right mirror, in [0, 1]."""
+    crop_area: tuple[float, float] = (0.6, 1.0)
+    """Range of the random resized crop's area as a fraction of the largest square in the picture, in (0, 1]."""
+    crop_aspect: tuple[float, float] = (0.85, 1.18)
+    """Range of the crop's width over height, log-uniform, above 0."""
+    brightness: float = 0.2
+    """Brightness is scaled by a factor in [1 - this, 1 + this]; in [0, 1)."""
+    contrast: float = 0.2
+    """Contrast is scaled by a factor in [1 - this, 1 + this]; in [0, 1)."""
+    saturation: float = 0.2
+    """Saturation is scaled by a factor in [1 - this, 1 + this]; in [0, 1)."""
+    greyscale: float = 0.02
+    """Probability that the colour is taken away, in [0, 1]."""
+
+    def __post_init__(self) -> None:
+        for name in ("mirror", "greyscale"):
+            if not 0 <= getattr(self, name) <= 1:
+                raise ValueError(f"augment.{name} is {getattr(self, name)}; a probability lies in [0, 1]")
+        for name in ("brightness", "contrast", "saturation"):
+            if not 0 <= getattr(self, name) < 1:
+                raise ValueError(f"augment.{name} is {getattr(self, name)}; allowed is [0, 1)")
+        for name, most in (("crop_area", 1.0), ("crop_aspect", float("inf"))):
+            low, high = getattr(self, name)
+            if not 0 < low <= high <= most:
+                raise ValueError(f"augment.{name} is {low} {high}; allowed is 0 < low <= high <= {most}")
+
+
+class Augmentation(NamedTuple):
+    """Parameters of n samples, in the order in which DALI applies them."""
+
+    anchor: Floats
+    """Left and top of the crop as fractions of width and height, shape (n, 2)."""
+    shape: Floats
+    """Width and height of the crop as fractions of width and height, shape (n, 2)."""
+    mirror: NDArray[np.int32]
+    """1 mirrors left and right, shape (n,)."""
+    brightness: Floats
+    contrast: Floats
+    saturation: Floats
+    """Factors, shape (n,); saturation 0 is greyscale."""
+
+
+def central_square(width: Ints, height: Ints) -> Augmentation:
+    """What evaluation uses: the largest central square, no mirror, colours as they are. Sizes in pixels, shape (n,)."""
+    size = np.stack([width, height], 1)
+    shape = size.min(1, keepdims=True) / size
+    one = np.ones(len(size), np.float32)
+    return Augmentation(_f32((1 - shape) / 2), _f32(shape), np.zeros(len(size), np.int32), one, one, one)
+
+
+def augment(config: AugmentConfig, seed: int, draws: Draws, width: Ints, height: Ints) -> Augmentation:
+    """Parameters of `draws`, whose pictures have these sizes in pixels, shape (b,)."""
+
+    def u(purpose: int) -> NDArray[np.float64]:
+        return uniform(seed, purpose, draws.epoch, draws.samples, draws.visits)
+
+    def factor(purpose: int, spread: float) -> NDArray[np.float64]:
+        return 1 + spread * (2 * u(purpose) - 1)
+
+    size = np.stack([width, height], 1)
+    area = size.min(1) ** 2 * (config.crop_area[0] + (config.crop_area[1] - config.crop_area[0]) * u(_AREA))
+    low, high = np.log(config.crop_aspect)
+    aspect = np.exp(low + (high - low) * u(_ASPECT))
+    shape = np.minimum(np.stack([np.sqrt(area * aspect), np.sqrt(area / aspect)], 1) / size, 1)
+    anchor = (1 - shape) * np.stack([u(_LEFT), u(_TOP)], 1)
+    saturation = np.where(u(_GREYSCALE) < config.greyscale, 0, factor(_SATURATION, config.saturation))
+    return Augmentation(
+        _f32(anchor),
+        _f32(shape),
+        (u(_MIRROR) < config.mirror).astype(np.int32),
+        _f32(factor(_BRIGHTNESS, config.brightness)),
+        _f32(factor(_CONTRAST, config.contrast)),
+        _f32(saturation),
+    )
+
+
+def _f32(values: NDArray[np.float64]) -> Floats:
+    return values.astype(np.float32)

@@ -1,0 +1,116 @@
+"""The one DALI pipeline: encoded bytes and augmentation parameters in, uint8 batches out. The device is an argument.
+
+Only on a GPU: `decoders.image_slice` runs as "mixed" (the hardware decoder where the GPU has one), the operators after it on the
+GPU, and DALI's output is copied on the current CUDA stream. These are the lines that read `device.type` below.
+"""
+
+from collections import deque
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from nvidia.dali import fn, pipeline_def, types
+from nvidia.dali.pipeline import Pipeline
+from nvidia.dali.plugin.pytorch import feed_ndarray
+
+from data_shards.augment import Augmentation
+
+Encoded = list[NDArray[np.uint8]]
+Source = Callable[[], tuple[Encoded, Augmentation]]
+
+
+class DecodeError(RuntimeError):
+    """A picture of a batch that was handed to the pipeline does not decode; the pipeline cannot be used any more."""
+
+
+class Decoder:
+    """Decodes, crops, resizes, recolours and mirrors batches, some batches ahead of their use.
+
+    Args:
+        source: called for the next batch, up to `ahead` calls before its result leaves `next`; raises StopIteration at the end.
+        batch_size: most samples in a batch.
+        image_size: width and height of the output, in pixels.
+        device: where the output lies and, for CUDA, where the work is done.
+        threads: CPU threads of DALI.
+    """
+
+    ahead = 3
+    """Batches that DALI holds at most: two decoded and one in work."""
+
+    def __init__(
+        self, source: Source, batch_size: int, image_size: int, device: torch.device | str = "cpu", threads: int = 2
+    ) -> None:
+        self._device = torch.device(device)
+        self._sizes: deque[int] = deque()
+        gpu = self._device.type == "cuda"
+        device_id = (self._device.index or 0) if gpu else None
+
+        def fed() -> tuple[Encoded, ...]:
+            encoded, parameters = source()
+            self._sizes.append(len(encoded))
+            return (encoded, *(list(column) for column in parameters))
+
+        self._pipeline: Pipeline = _pipeline(
+            fed,
+            image_size,
+            gpu,
+            batch_size=batch_size,
+            num_threads=threads,
+            device_id=device_id,
+            prefetch_queue_depth=2,
+        )
+        self._size = image_size
+
+    def next(self) -> torch.Tensor:
+        """The next batch: uint8 in [0, 255], shape (b, 3, H, W), channels-last in memory.
+
+        Raises:
+            StopIteration: the source has ended.
+            DecodeError: a picture among the batches fed so far does not decode.
+        """
+        try:
+            (output,) = self._pipeline.run()
+        except RuntimeError as error:
+            raise DecodeError(str(error)) from error
+        images = torch.empty((self._sizes.popleft(), self._size, self._size, 3), dtype=torch.uint8, device=self._device)
+        if self._device.type == "cuda":
+            feed_ndarray(output.as_tensor(), images, cuda_stream=torch.cuda.current_stream(self._device))
+        else:
+            feed_ndarray(output.as_tensor(), images)
+        return images.permute(0, 3, 1, 2)  # (b, 3, H, W)
+
+
+@pipeline_def
+def _pipeline(source: Callable[[], tuple[Encoded, ...]], image_size: int, gpu: bool):  # type: ignore[no-untyped-def]
+    encoded, anchor, shape, mirror, brightness, contrast, saturation = fn.external_source(
+        source=source, num_outputs=7, batch=True
+    )
+    images: Any = fn.decoders.image_slice(
+        encoded,
+        anchor,
+        shape,
+        axis_names="WH",
+        normalized_anchor=True,
+        normalized_shape=True,
+        output_type=types.DALIImageType.RGB,
+        device="mixed" if gpu else "cpu",
+    )
+    images = fn.resize(
+        images, size=(image_size, image_size), interp_type=types.DALIInterpType.INTERP_LINEAR, antialias=True
+    )
+    images = fn.color_twist(images, brightness=brightness, contrast=contrast, saturation=saturation)
+    return fn.flip(images, horizontal=mirror)
+
+
+def decodes(encoded: NDArray[np.uint8]) -> bool:
+    """Whether this pipeline's decoder can read one picture."""
+    whole = np.array([0, 0], np.float32), np.array([1, 1], np.float32)
+    one = np.ones(1, np.float32)
+    parameters = Augmentation(whole[0][None], whole[1][None], np.zeros(1, np.int32), one, one, one)
+    try:
+        Decoder(lambda: ([encoded], parameters), batch_size=1, image_size=8, threads=1).next()
+    except DecodeError:
+        return False
+    return True

@@ -1,0 +1,87 @@
+"""One encoded picture: does it decode completely, and how large is it."""
+
+import io
+import re
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from PIL import Image
+
+MAX_PIXELS = 100_000_000
+MAX_SIDE = 65_535
+"""Pixels: the index keeps width and height in 16 bits."""
+SWAPS_SIDES = (5, 6, 7, 8)
+"""EXIF orientations that turn a picture by a quarter. DALI applies them, so a picture's width is that after it."""
+
+_EXIF_ORIENTATION = 0x0112
+_PIL_FORMATS = {"jpg": "JPEG", "png": "PNG", "pgm": "PPM", "bmp": "BMP", "webp": "WEBP"}
+_PNG_END = b"\0\0\0\0IEND\xaeB`\x82"
+_PGM_HEADER = re.compile(rb"P[25](?:\s+(?:#[^\r\n]*\s+)*(\d+)){3}")
+_BMP_INFO_HEADER = 40
+
+
+class Refused(ValueError):
+    """A picture that could be decoded, but that we do not take; the message is the reason."""
+
+
+def inspect_image(data: bytes, extension: str, max_pixels: int = MAX_PIXELS) -> tuple[int, int]:
+    """Decodes a picture completely; returns its width and height as displayed, that is after EXIF orientation.
+
+    Taken is what DALI's decoder takes: any colour mode, CMYK and 16-bit grey PNG or PGM too, the first frame of an
+    animation. Refused is what Pillow takes but DALI does not: a PNG cut inside its last chunk, a 16-bit BMP; and a PGM
+    that DALI would not scale to the full range.
+
+    Args:
+        data: the encoded picture.
+        extension: jpg, png, pgm, bmp or webp, by content.
+        max_pixels: width times height above which a picture is refused before it is decoded.
+    Raises:
+        ValueError: it does not decode or is refused; the message is the reason.
+    """
+    if extension not in _PIL_FORMATS:
+        raise Refused(f"has the extension {extension!r}: allowed are {', '.join(_PIL_FORMATS)}")
+    _refuse_what_stops_dali(data, extension)
+    try:
+        with Image.open(io.BytesIO(data), formats=(_PIL_FORMATS[extension],)) as image:
+            width, height = image.size
+            if width * height > max_pixels or max(width, height) > MAX_SIDE:
+                raise Refused(f"is {width} x {height} pixels: allowed are {max_pixels:,} and {MAX_SIDE:,} a side")
+            image.load()
+            return (height, width) if _orientation(image) in SWAPS_SIDES else (width, height)
+    except Refused:
+        raise
+    except Exception as error:  # Pillow's plugins raise all kinds: SyntaxError, struct.error, IndexError, …
+        reason = re.sub(r"<.*>", "the data", str(error))  # an object's address differs per run
+        raise ValueError(f"does not decode as {_PIL_FORMATS[extension]}: {reason or type(error).__name__}") from None
+
+
+@contextmanager
+def quiet_pillow() -> Iterator[None]:
+    """Silences Pillow's warnings and its own pixel limit, for `inspect_image` has one."""
+    limit = Image.MAX_IMAGE_PIXELS
+    try:
+        Image.MAX_IMAGE_PIXELS = None
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        Image.MAX_IMAGE_PIXELS = limit
+
+
+def _refuse_what_stops_dali(data: bytes, extension: str) -> None:
+    if extension == "png" and _PNG_END not in data:
+        raise Refused("is cut short: its IEND chunk is missing or damaged")
+    if extension == "bmp" and len(data) > 30:
+        header, bits = int.from_bytes(data[14:18], "little"), int.from_bytes(data[28:30], "little")
+        if header >= _BMP_INFO_HEADER and bits == 16:
+            raise Refused("is a BMP of 16 bits per pixel, which DALI does not decode")
+    if extension == "pgm" and (header_match := _PGM_HEADER.match(data)) and int(header_match[1]) not in (255, 65_535):
+        raise Refused(f"is a PGM with maximum {int(header_match[1])}: allowed are 255 and 65535")
+
+
+def _orientation(image: Image.Image) -> int:
+    try:
+        return image.getexif().get(_EXIF_ORIENTATION, 1)
+    except Exception:  # damaged EXIF data must not cost a picture that decodes
+        return 1

@@ -1,0 +1,216 @@
+"""Which samples make up global batch t: a pure function of (seed, t), the same on any number of ranks.
+
+One epoch of P x K batches, for identities with n_i >= 2 images each:
+
+- An identity's images are shuffled and cut into groups of K; its last group is topped up with its own images. So every image
+  is drawn at least once, and at most K - 1 of an identity's images twice (more only where n_i < K).
+- A batch holds one group of each of P *different* identities.
+- The epoch has T steps. T is the smallest number for which P * T slots hold all groups, and at most P / 2 identities have more
+  than T groups: that minimises groups left out plus groups repeated. Slots that remain are filled with one further group of
+  identities drawn anew each epoch; an identity with more than T groups shows T of them, other images in every epoch.
+- Identities with one image have no positive and are left out.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+from data_shards.counter_random import random_bits
+
+Ints = NDArray[np.int64]
+
+_ORDER, _COLUMNS, _IMAGES = range(3)  # what a random number is drawn for
+
+
+@dataclass(kw_only=True, frozen=True)
+class PlanConfig:
+    identities_per_batch: int = 64
+    """P: identities in the *global* batch, at least 2."""
+    images_per_identity: int = 4
+    """K: images of each identity in the global batch, at least 2, or no anchor has a positive."""
+
+    def __post_init__(self) -> None:
+        for name in ("identities_per_batch", "images_per_identity"):
+            if getattr(self, name) < 2:
+                raise ValueError(f"plan.{name} is {getattr(self, name)}; batch-hard mining needs at least 2")
+
+    @property
+    def batch_size(self) -> int:
+        """P * K, images in the global batch."""
+        return self.identities_per_batch * self.images_per_identity
+
+
+class Draws(NamedTuple):
+    """The samples that one rank takes in one step."""
+
+    epoch: int
+    samples: Ints
+    """Sample ids (rows of the split's index), shape (b,)."""
+    visits: Ints
+    """How often this epoch had drawn the sample before, shape (b,): 0 but for top-ups."""
+
+
+class PlanSummary(NamedTuple):
+    identities: int
+    single_image_identities: int
+    steps_per_epoch: int
+    groups: int
+    groups_repeated: int
+    groups_left_out: int
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """Slots of one epoch, each of shape (T, P): which group of which identity."""
+
+    identities: NDArray[np.int32]
+    groups: NDArray[np.int32]
+
+
+class Plan:
+    """P x K batches over one split.
+
+    Args:
+        starts: first sample id of every identity, and the number of samples last, shape (identities + 1,). Sample ids of an
+            identity are consecutive.
+        config: P and K.
+        seed: chooses the order.
+    Raises:
+        ValueError: fewer than P identities have two images.
+    """
+
+    def __init__(self, starts: Ints, config: PlanConfig, seed: int = 0) -> None:
+        self.config, self.seed = config, seed
+        self._starts = np.asarray(starts, np.int64)
+        counts = np.diff(self._starts)
+        self._eligible = np.flatnonzero(counts >= 2)
+        if len(self._eligible) < config.identities_per_batch:
+            raise ValueError(
+                f"plan.identities_per_batch is {config.identities_per_batch}; the shards have "
+                f"{len(self._eligible)} training identities with at least 2 images"
+            )
+        self._group_counts = -(-counts[self._eligible] // config.images_per_identity)
+        self.steps_per_epoch = _steps_per_epoch(self._group_counts, config.identities_per_batch)
+        self._schedule = lru_cache(maxsize=2)(self._make_schedule)
+
+    def summary(self) -> PlanSummary:
+        """What an epoch holds, repeats and leaves out, in groups of K images."""
+        groups = int(self._group_counts.sum())
+        left_out = int(np.maximum(self._group_counts - self.steps_per_epoch, 0).sum())
+        slots = self.steps_per_epoch * self.config.identities_per_batch
+        singles = int((np.diff(self._starts) == 1).sum())
+        repeated = slots - (groups - left_out)
+        return PlanSummary(len(self._eligible), singles, self.steps_per_epoch, groups, repeated, left_out)
+
+    def epoch(self, step: int) -> int:
+        """Epoch, from 0, that global step `step` (from 0) belongs to."""
+        return step // self.steps_per_epoch
+
+    def global_batch(self, step: int) -> Draws:
+        """All P*K draws of a step: P groups of K consecutive draws."""
+        return self.batch(step, rank=0, world_size=1)
+
+    def batch(self, step: int, rank: int, world_size: int) -> Draws:
+        """The b = P*K/W draws of `rank` out of `world_size`: a contiguous slice of the global batch.
+
+        Raises:
+            ValueError: P*K is not divisible by the world size.
+        """
+        size = per_rank(self.config, world_size)
+        epoch, row = divmod(step, self.steps_per_epoch)
+        schedule = self._schedule(epoch)
+        position = np.arange(rank * size, (rank + 1) * size)
+        column, within = np.divmod(position, self.config.images_per_identity)
+        first, last = int(column[0]), int(column[-1]) + 1
+        identities, groups = schedule.identities[row, first:last], schedule.groups[row, first:last]
+        images, counts = self._shuffled(epoch, identities)
+        nth = groups[column - first] * self.config.images_per_identity + within
+        visits, nth = np.divmod(nth, counts[column - first])
+        return Draws(epoch, images[(np.cumsum(counts) - counts)[column - first] + nth], visits)
+
+    def batches(self, start: int, rank: int, world_size: int, stop: int | None = None) -> Iterator[Draws]:
+        """`batch(step, rank, world_size)` for the steps from `start` on, up to `stop` (none: for ever)."""
+        step = start
+        while stop is None or step < stop:
+            yield self.batch(step, rank, world_size)
+            step += 1
+
+    def _shuffled(self, epoch: int, identities: NDArray[np.int32]) -> tuple[Ints, Ints]:
+        """Sample ids of some identities, each identity's shuffled for this epoch, one after the other; and their counts."""
+        begin, end = self._starts[identities], self._starts[identities + 1]
+        counts = end - begin
+        segment = np.repeat(np.arange(len(counts)), counts)
+        samples = np.arange(counts.sum()) - np.repeat(np.cumsum(counts) - counts, counts) + begin[segment]
+        order = np.lexsort((random_bits(self.seed, _IMAGES, epoch, samples), segment))
+        return samples[order], counts
+
+    def _make_schedule(self, epoch: int) -> Schedule:
+        """Lays the groups, identity by identity, into P rows of T slots, then shuffles each row over the T steps.
+
+        An identity has at most T groups, so it lies in one row or at the seam of two; the second row's shuffle keeps its
+        part of the identity off the steps that the first row's part took. So no step has an identity twice.
+        """
+        steps, p = self.steps_per_epoch, self.config.identities_per_batch
+        order = np.argsort(random_bits(self.seed, _ORDER, epoch, np.arange(len(self._eligible))), kind="stable")
+        take = _fill(np.minimum(self._group_counts[order], steps), steps * p, steps)
+        slot = np.repeat(np.arange(len(order)), take)
+        group = np.arange(steps * p) - np.repeat(np.cumsum(take) - take, take)
+        schedule = Schedule(np.empty((steps, p), np.int32), np.empty((steps, p), np.int32))
+        identity = self._eligible[order][slot]
+        taken = np.zeros(steps, bool)
+        for row in range(p):
+            begin, end = row * steps, (row + 1) * steps
+            columns = np.argsort(random_bits(self.seed, _COLUMNS, epoch, row, np.arange(steps)), kind="stable")
+            if row and slot[begin] == slot[begin - 1]:
+                head = int(np.searchsorted(slot[begin:end], slot[begin], side="right"))
+                free = np.flatnonzero(~taken[columns])[:head]
+                columns = np.concatenate([columns[free], np.delete(columns, free)])
+            schedule.identities[columns, row], schedule.groups[columns, row] = identity[begin:end], group[begin:end]
+            tail = int(np.searchsorted(slot[begin:end], slot[end - 1]))
+            taken[:] = False
+            taken[columns[tail:]] = True
+        return schedule
+
+
+def per_rank(config: PlanConfig, world_size: int) -> int:
+    """b = P*K/W, the images of one rank's slice of a global batch.
+
+    Raises:
+        ValueError: P*K is not divisible by the world size.
+    """
+    if config.batch_size % world_size:
+        raise ValueError(
+            f"plan: P*K = {config.identities_per_batch} * {config.images_per_identity} = {config.batch_size} is not "
+            f"divisible by the world size {world_size}"
+        )
+    return config.batch_size // world_size
+
+
+def contiguous_slice(total: int, rank: int, world_size: int) -> range:
+    """Rank's slice of range(total) for passes that visit everything once: disjoint, complete, sizes differ by at most 1."""
+    return range(total * rank // world_size, total * (rank + 1) // world_size)
+
+
+def _steps_per_epoch(groups: Ints, p: int) -> int:
+    """T of the module's rule, by bisection: both of its conditions hold for every larger T."""
+
+    def enough(steps: int) -> bool:
+        return p * steps >= np.minimum(groups, steps).sum() and (groups > steps).sum() <= p / 2
+
+    low, high = 0, int(max(groups.max(), -(-groups.sum() // p)))
+    while high - low > 1:
+        middle = (low + high) // 2
+        low, high = (low, middle) if enough(middle) else (middle, high)
+    return high
+
+
+def _fill(take: Ints, slots: int, most: int) -> Ints:
+    """Adds groups, one an identity and in order, none beyond `most`, until all slots are taken."""
+    take = take.copy()
+    while (missing := slots - int(take.sum())) > 0:
+        take[np.flatnonzero(take < most)[:missing]] += 1
+    return take

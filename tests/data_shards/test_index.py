@@ -1,0 +1,189 @@
+import hashlib
+import json
+import subprocess
+import sys
+import tarfile
+
+import numpy as np
+import pytest
+from collections_on_disk import draw_collection
+
+from data_shards.convert import ConvertConfig, convert
+from data_shards.index import (
+    SAMPLE,
+    Member,
+    ShardSet,
+    committed,
+    header_name,
+    split_name,
+    write_dali_index,
+    write_index,
+)
+
+
+@pytest.fixture
+def shards(tmp_path):
+    source = draw_collection(tmp_path / "in", {"a": 3, "b": 1, "c": 4, "d": 2})
+    convert(source, tmp_path / "out", ConvertConfig(shard_bytes=8_000, holdout_identities=("b",), workers=1))
+    return tmp_path / "out"
+
+
+def edit_manifest(directory, change):
+    path = directory / "manifest.json"
+    manifest = json.loads(path.read_text())
+    change(manifest)
+    path.write_text(json.dumps(manifest))
+
+
+def test_a_split_knows_its_identities_and_where_their_rows_begin(shards):
+    shard_set = ShardSet.open(shards)
+    assert shard_set.identity_names == ["a", "b", "c", "d"]
+    assert shard_set.splits == ("train", "unseen_identities")
+    split = shard_set.split("train")
+    assert (split.name, len(split)) == ("train", 9)
+    assert split.identities.tolist() == [0, 2, 3]
+    assert split.starts.tolist() == [0, 3, 7, 9]
+    assert split.counts.tolist() == [3, 4, 2]
+    assert split.key(3) == "c/000"
+    assert isinstance(split.samples, np.memmap)
+    assert not split.samples.flags.writeable
+
+
+def test_a_split_that_is_absent_is_answered_with_those_that_are_there(shards):
+    with pytest.raises(ValueError, match="has no split 'unseen_images': it has train, unseen_identities"):
+        ShardSet.open(shards).split("unseen_images")
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda m: m.update(format="other"), "does not say format 'facescale-shards'"),
+        (lambda m: m.update(version=2), "is of version 2, this facescale reads version 1"),
+        (lambda m: m.update(identities="abc"), "'identities' is not a list of names"),
+        (lambda m: m.update(splits={}), "'splits' is not an object of train"),
+        (lambda m: m["splits"].update(test={}), "'splits' is not an object of train"),
+        (lambda m: m["splits"]["train"].pop("index_sha256"), "split train lacks 'index_sha256'"),
+        (lambda m: m["splits"]["train"].update(samples="9"), "split train lacks 'samples'"),
+        (lambda m: m["splits"]["train"]["shards"][1].pop("bytes"), "split train, shard 1 lacks one of name, bytes"),
+        (lambda m: m["splits"]["train"]["shards"][0].update(name="../../etc/passwd"), "named '../../etc/passwd'"),
+    ],
+)
+def test_a_manifest_that_is_not_as_it_should_be_is_refused_in_one_line(shards, change, message):
+    edit_manifest(shards, change)
+    with pytest.raises(ValueError, match=message) as caught:
+        ShardSet.open(shards)
+    assert "\n" not in str(caught.value)
+
+
+def test_no_manifest_or_no_json_is_refused(tmp_path):
+    with pytest.raises(ValueError, match=r"holds no manifest\.json"):
+        ShardSet.open(tmp_path)
+    (tmp_path / "manifest.json").write_text("{")
+    with pytest.raises(ValueError, match="is not JSON"):
+        ShardSet.open(tmp_path)
+    (tmp_path / "manifest.json").write_text("[1]")
+    with pytest.raises(ValueError, match="does not say format"):
+        ShardSet.open(tmp_path)
+
+
+def test_a_tar_cut_short_is_refused_with_both_sizes(shards):
+    path = shards / "train" / "000001.tar"
+    size = path.stat().st_size
+    with path.open("rb+") as tar:
+        tar.truncate(size - 1024)
+    with pytest.raises(ValueError, match=r"000001\.tar is") as caught:
+        ShardSet.open(shards).split("train")
+    assert f"is {size - 1024:,} bytes, its manifest says {size:,}: it was cut short" in str(caught.value)
+    assert f"Run `facescale verify {shards}` and convert again." in str(caught.value)
+
+
+def test_a_tar_that_is_missing_is_refused_and_a_cut_after_opening_is_found(shards):
+    split = ShardSet.open(shards).split("train")
+    (shards / "train" / "000000.tar").unlink()
+    with pytest.raises(ValueError, match=r"000000.tar is missing, the manifest lists it"):
+        split.check_sizes()
+
+
+def test_an_index_that_does_not_fit_is_refused(shards):
+    path = shards / "train" / "index.npy"
+    whole = path.read_bytes()
+    samples = np.load(path)
+    path.write_bytes(whole[:-10])
+    with pytest.raises(ValueError, match=r"index\.npy is no index"):
+        ShardSet.open(shards).split("train")
+    np.save(path, samples[:-1])
+    with pytest.raises(ValueError, match=r"index.npy is \(8,\) of .* the manifest says \(9,\)"):
+        ShardSet.open(shards).split("train")
+    np.save(path, np.zeros(9))
+    with pytest.raises(ValueError, match="of float64, the manifest says"):
+        ShardSet.open(shards).split("train")
+    for field, value in (("shard", 99), ("offset", 2**63), ("offset", 0), ("size", 10**9), ("identity", 3)):
+        wrong = samples.copy()
+        wrong[field][2] = value
+        np.save(path, wrong)
+        with pytest.raises(ValueError, match=r"index\.npy does not fit its tars"):
+            ShardSet.open(shards).split("train")
+    path.unlink()
+    with pytest.raises(ValueError, match=r"index\.npy is missing"):
+        ShardSet.open(shards).split("train")
+
+
+def test_a_key_where_there_is_no_header_is_refused(shards):
+    split = ShardSet.open(shards).split("train")
+    path = split.shards[split.samples["shard"][4]]
+    data = bytearray(path.read_bytes())
+    start = int(split.samples["offset"][4]) - 512
+    data[start : start + 512] = bytes(512)
+    path.write_bytes(data)
+    with pytest.raises(ValueError, match="has no tar header before byte"):
+        split.key(4)
+
+
+def test_the_index_file_is_plain_npy_and_its_hash_is_returned(tmp_path):
+    rows = np.array([(512, 10, 0, 1, 2, 3, 4), (2048, 11, 1, 2, 3, 4, 5)], dtype=SAMPLE)
+    digest = write_index(tmp_path / "index.npy", rows)
+    assert np.load(tmp_path / "index.npy").tolist() == rows.tolist()
+    assert digest == hashlib.sha256((tmp_path / "index.npy").read_bytes()).hexdigest()
+    assert SAMPLE.itemsize == 28
+
+
+def test_dali_index_by_hand(tmp_path):
+    sample = (Member("jpg", 512, 700, "a/1.jpg"), Member("cls", 2048, 1, "a/1.cls"))
+    digest = write_dali_index(tmp_path / "0.idx", [sample])
+    data = (tmp_path / "0.idx").read_bytes()
+    assert data == b"v1.2 1\njpg 512 700 a/1.jpg cls 2048 1 a/1.cls\n"
+    assert digest == hashlib.sha256(data).hexdigest()
+
+
+def test_dali_index_is_what_dalis_own_tool_writes(shards, tmp_path):
+    tool = tmp_path / "stock.idx"
+    for path in ShardSet.open(shards).split("train").shards:
+        script = f"{sys.prefix}/bin/wds2idx"
+        subprocess.run([sys.executable, script, str(path), str(tool)], check=True, capture_output=True)
+        assert path.with_suffix(".idx").read_text() == tool.read_text()
+
+
+def test_a_file_gets_its_name_only_when_it_is_whole(tmp_path):
+    with committed(tmp_path / "x") as file:
+        file.write(b"ab")
+        file.write(b"c")
+        assert [path.name for path in tmp_path.iterdir()] == ["x.tmp"]
+    assert (tmp_path / "x").read_bytes() == b"abc"
+    assert (file.length, file.sha256) == (3, hashlib.sha256(b"abc").hexdigest())
+
+    def fail():
+        with committed(tmp_path / "y") as half:
+            half.write(b"a")
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        fail()
+    assert [path.name for path in tmp_path.iterdir()] == ["x"]
+
+
+def test_names_by_hand():
+    assert split_name("a.b/c.d.jpg") == ("a.b/c", "d.jpg")
+    assert split_name("c.jpg") == ("c", "jpg")
+    assert header_name(bytes(512)) is None
+    assert header_name(tarfile.TarInfo("a/1.jpg").tobuf(tarfile.USTAR_FORMAT)) == "a/1.jpg"
+    assert header_name(tarfile.TarInfo("a/1.jpg").tobuf(tarfile.GNU_FORMAT)) is None

@@ -1,0 +1,1 @@
+"""Embedding network, cross-rank triplet mining, training and evaluation."""

@@ -1,0 +1,251 @@
+"""Every setting of training, once, and how settings come from a YAML file and the command line."""
+
+import contextlib
+import dataclasses
+import io
+import sys
+import types
+import typing
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+import tyro
+import yaml
+
+from data_shards.augment import AugmentConfig
+from data_shards.loader import LoaderConfig
+from data_shards.plan import PlanConfig
+
+
+@dataclass(kw_only=True, frozen=True)
+class DataConfig(LoaderConfig):
+    shards: Path = Path("shards")
+    """Folder written by `facescale shard`."""
+
+
+@dataclass(kw_only=True, frozen=True)
+class ModelConfig:
+    trunk: Literal["resnet18", "resnet34", "resnet50", "resnet101"] = "resnet50"
+    """torchvision's network up to its pooling."""
+    embedding_size: int = 128
+    """d: dimensions of the embedding."""
+    weights: Path | None = None
+    """Local file with torchvision's ImageNet weights for the trunk (.pth or .safetensors); None starts at random."""
+    sync_batchnorm: bool = False
+    """Batch statistics over all ranks instead of each rank's own (GPU only)."""
+
+    def __post_init__(self) -> None:
+        if not 2 <= self.embedding_size <= 4096:
+            raise ValueError(f"model.embedding_size is {self.embedding_size}; allowed is 2 to 4096")
+
+
+@dataclass(kw_only=True, frozen=True)
+class LossConfig:
+    kind: Literal["soft_margin", "margin"] = "soft_margin"
+    """log(1 + exp(d_ap - d_an)), or max(0, d_ap - d_an + margin)."""
+    margin: float = 0.2
+    """Margin in the distance's own unit, above 0; read for kind `margin` alone."""
+    distance: Literal["root", "squared"] = "root"
+    """L2 distance of unit vectors in [0, 2], or squared in [0, 4]."""
+
+    def __post_init__(self) -> None:
+        if not 0 < self.margin <= 4:
+            raise ValueError(f"loss.margin is {self.margin}; allowed is above 0 and at most 4")
+
+    @property
+    def effective_margin(self) -> float | None:
+        """The margin, or None for the soft margin."""
+        return self.margin if self.kind == "margin" else None
+
+    @property
+    def squared(self) -> bool:
+        return self.distance == "squared"
+
+
+@dataclass(kw_only=True, frozen=True)
+class OptimizerConfig:
+    kind: Literal["adamw", "sgd"] = "adamw"
+    """AdamW, or SGD with Nesterov momentum."""
+    learning_rate: float = 1e-3
+    """Highest learning rate, reached after the warm-up; falls to 0 along a cosine."""
+    warmup_steps: int = 100
+    """Steps of linear warm-up."""
+    weight_decay: float = 0.05
+    """Decoupled (adamw) or L2 (sgd); of matrices and filters only."""
+    momentum: float = 0.9
+    """SGD's momentum, or AdamW's first beta, in [0, 1)."""
+
+    def __post_init__(self) -> None:
+        if self.learning_rate <= 0:
+            raise ValueError(f"optimizer.learning_rate is {self.learning_rate}; it must be above 0")
+        if self.warmup_steps < 0 or self.weight_decay < 0:
+            raise ValueError("optimizer.warmup_steps and optimizer.weight_decay must be at least 0")
+        if not 0 <= self.momentum < 1:
+            raise ValueError(f"optimizer.momentum is {self.momentum}; allowed is [0, 1)")
+
+
+@dataclass(kw_only=True, frozen=True)
+class RunConfig:
+    folder: Path = Path("runs/facescale")
+    """Run folder: config, logs, checkpoints, evaluation, report. Must not exist, or hold a run to `--run.resume`."""
+    steps: int | None = None
+    """Optimiser updates; None takes `run.epochs`."""
+    epochs: int = 20
+    """Passes of the plan; read where `run.steps` is None."""
+    seed: int = 0
+    """Chooses initial weights, order and augmentation."""
+    precision: Literal["auto", "bf16", "fp32"] = "auto"
+    """Of forward and backward; auto is bf16 where the device has instructions for it."""
+    device: Literal["auto", "cpu"] = "auto"
+    """auto takes the GPU where there is one."""
+    log_every: int = 10
+    """Steps between two lines of the log; only these wait for the device."""
+    evaluate_every: int = 0
+    """Steps between two evaluations on held-out identities; 0 evaluates never."""
+    evaluate_images: int = 5000
+    """Images of held-out identities that an evaluation in training takes, at most."""
+    checkpoint_every: int = 500
+    """Steps between two checkpoints; the last step always writes one."""
+    keep_checkpoints: int = 2
+    """Newest checkpoints that stay."""
+    resume: bool = False
+    """Go on from the newest checkpoint in the run folder."""
+    tensorboard: bool = True
+    """Write TensorBoard events to the run folder."""
+
+    def __post_init__(self) -> None:
+        for name in ("epochs", "log_every", "evaluate_images", "checkpoint_every", "keep_checkpoints"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"run.{name} is {getattr(self, name)}; it must be at least 1")
+        if self.steps is not None and self.steps < 1:
+            raise ValueError(f"run.steps is {self.steps}; it must be at least 1, or None")
+        if self.evaluate_every < 0:
+            raise ValueError(f"run.evaluate_every is {self.evaluate_every}; it must be at least 0")
+
+
+@dataclass(kw_only=True, frozen=True)
+class TrainConfig:
+    """Train an embedding network on shards, data-parallel over all ranks."""
+
+    data: DataConfig = field(default_factory=DataConfig)
+    plan: PlanConfig = field(default_factory=PlanConfig)
+    augment: AugmentConfig = field(default_factory=AugmentConfig)
+    model: ModelConfig = field(default_factory=ModelConfig)
+    loss: LossConfig = field(default_factory=LossConfig)
+    optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
+    run: RunConfig = field(default_factory=RunConfig)
+
+
+class UsageError(ValueError):
+    """The command line or the config file does not say what is allowed; exit code 2."""
+
+
+def parse(args: Sequence[str], prog: str = "python -m trainer.train") -> TrainConfig:
+    """Settings from `--config FILE`, if given, then overridden by `--section.key value` (`--help` lists them all).
+
+    Raises:
+        UsageError: one line that names the setting, what was found and what is allowed.
+    """
+    args = list(args)
+    default = TrainConfig()
+    if "--config" in args:
+        at = args.index("--config")
+        if at + 1 == len(args):
+            raise UsageError("--config needs a file")
+        default = load(Path(args[at + 1]))
+        del args[at : at + 2]
+    return _parse_overrides(args, default, prog)
+
+
+def _parse_overrides(args: list[str], default: TrainConfig, prog: str) -> TrainConfig:
+    description = (
+        "Train an embedding network. --config FILE reads settings from YAML first; the options below override it."
+    )
+    said = io.StringIO()
+    try:
+        with contextlib.redirect_stderr(said):
+            return tyro.cli(TrainConfig, default=default, args=args, prog=prog, description=description)
+    except SystemExit as stop:
+        if stop.code:
+            raise UsageError(_first_paragraph(said.getvalue())) from None
+        sys.exit(0)
+
+
+def _first_paragraph(box: str) -> str:
+    """tyro's message without the frame that it is drawn in and without what follows its first paragraph."""
+    lines = [line.strip("│ \n") for line in box.splitlines() if line.startswith("│")]
+    words: list[str] = []
+    for line in lines:
+        if not line or line.startswith("─"):
+            break
+        words.append(line)
+    return " ".join(words) or box.strip()
+
+
+def load(path: Path) -> TrainConfig:
+    """Settings from a YAML file of sections.
+
+    Raises:
+        UsageError: the file is missing, is no YAML mapping, or has an unknown key or a value that is not allowed.
+    """
+    if not path.is_file():
+        raise UsageError(f"config file {path} does not exist")
+    try:
+        found = yaml.safe_load(path.read_text())
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise UsageError(f"config file {path} is not YAML: {' '.join(str(error).split())}") from None
+    try:
+        return _build(TrainConfig, {} if found is None else found, "")
+    except ValueError as error:
+        raise UsageError(f"config file {path}: {error}") from None
+
+
+def save(config: TrainConfig, path: Path) -> None:
+    """Writes all settings as YAML that `load` reads back equal."""
+    path.write_text(yaml.safe_dump(_plain(dataclasses.asdict(config)), sort_keys=False))
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _plain(item) for key, item in value.items()}
+    if isinstance(value, tuple):
+        return [_plain(item) for item in value]
+    return str(value) if isinstance(value, Path) else value
+
+
+def _build(kind: Any, found: Any, where: str) -> Any:
+    """Makes a dataclass out of a mapping; `where` is its dotted name for messages."""
+    if not isinstance(found, dict):
+        raise ValueError(f"{where or 'the file'} is {found!r}; a mapping of settings is needed")
+    hints = typing.get_type_hints(kind)
+    unknown = [key for key in found if key not in hints]
+    if unknown:
+        raise ValueError(f"unknown key {_dotted(where, unknown[0])!r}; allowed are {', '.join(hints)}")
+    return kind(**{key: _convert(hints[key], value, _dotted(where, key)) for key, value in found.items()})
+
+
+def _dotted(where: str, key: object) -> str:
+    return f"{where}.{key}" if where else str(key)
+
+
+def _convert(kind: Any, value: Any, where: str) -> Any:
+    if dataclasses.is_dataclass(kind):
+        return _build(kind, value, where)
+    origin, members = typing.get_origin(kind), typing.get_args(kind)
+    if origin is types.UnionType:
+        return None if value is None else _convert(members[0], value, where)
+    if origin is Literal and value in members:
+        return value
+    if origin is tuple and isinstance(value, list) and len(value) == len(members):
+        return tuple(_convert(member, item, where) for member, item in zip(members, value, strict=True))
+    if kind is Path and isinstance(value, str):
+        return Path(value)
+    if kind is float and isinstance(value, int | float | str) and not isinstance(value, bool):
+        with contextlib.suppress(ValueError):
+            return float(value)  # YAML reads 1e-3 as a string
+    if kind in (int, bool) and type(value) is kind:
+        return value
+    allowed = " or ".join(map(str, members)) if origin is Literal else getattr(kind, "__name__", str(kind))
+    raise ValueError(f"{where} is {value!r}; allowed is {allowed}")

@@ -1,0 +1,276 @@
+"""From embeddings to results: identification, neighbours, verification and triplet loss of one set.
+
+`open_set` is for identities that training never saw; `closed_set` for unseen images of training identities. What a set is
+too small for is not given as a number but named under `refusals`, with the reason.
+"""
+
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field
+from math import isfinite
+
+import torch
+from torch import Tensor
+from torch.nn.functional import normalize
+
+from trainer.evaluation.draws import draw_pairs
+from trainer.evaluation.measures import (
+    Curves,
+    Scalars,
+    Set,
+    fold_accuracy,
+    knn_gallery,
+    knn_leave_one_out,
+    nearest_centroid,
+    operating_points,
+    rank_k,
+    triplet_loss,
+    triplets_exist,
+)
+from trainer.metric.identification import split_gallery
+
+HEADLINE_NEIGHBOURS = 5
+"""The k of the one kNN figure in `SetResult.headline`; the first of `ProtocolConfig.knn` where this is not among them."""
+
+
+@dataclass(kw_only=True, frozen=True)
+class ProtocolConfig:
+    """How a set of embeddings is judged."""
+
+    gallery_images_per_identity: int = 1
+    """Rank-k: the first images of each identity are its gallery, the rest are probes; at least 1."""
+    ranks: tuple[int, ...] = (1, 5)
+    """Ranks reported, ascending, counted in identities."""
+    knn: tuple[int, ...] = (1, 5, 20)
+    """Numbers of voting neighbours reported, ascending."""
+    knn_gallery_images: int = 5
+    """Unseen identities: images of each identity that make up the gallery for kNN against a gallery; at least 1."""
+    centroid_images: int = 5
+    """Training identities: images averaged into an identity's centroid; at least 1."""
+    closed_gallery_images: int = 20
+    """Training identities: images of each identity enrolled for kNN, the first ones; at least 1."""
+    folds: int = 10
+    """Folds of the verification accuracy; at least 2."""
+    pairs: int = 6000
+    """Verification pairs wanted in all folds together, half genuine, half impostor; at least 2 per fold."""
+    fars: tuple[float, ...] = (0.1, 0.01, 0.001)
+    """False-accept rates, each between 0 and 1, at which the true-accept rate is reported."""
+    roc_samples: int = 5000
+    """Samples up to which ROC, EER, AUC and TAR use all pairs; of a larger set, whole identities drawn up to this."""
+    seed: int = 0
+    """Of every draw."""
+
+    def __post_init__(self) -> None:
+        images = ("gallery_images_per_identity", "knn_gallery_images", "closed_gallery_images", "centroid_images")
+        smallest = dict.fromkeys(images, 1) | {"folds": 2, "pairs": 2 * self.folds, "roc_samples": 4, "seed": 0}
+        for name, least in smallest.items():
+            if getattr(self, name) < least:
+                raise ValueError(f"evaluation.{name} is {getattr(self, name)}; it must be at least {least}")
+        for name in ("ranks", "knn"):
+            values = list(getattr(self, name))
+            if not values or values != sorted(set(values)) or values[0] < 1:
+                raise ValueError(f"evaluation.{name} is {values}; it must be ascending integers from 1")
+        for far in self.fars:
+            if not 0 < far < 1:
+                raise ValueError(f"evaluation.fars has {far}; each must lie between 0 and 1, both excluded")
+
+
+@dataclass(frozen=True)
+class SetResult:
+    """What one embedder does on one set."""
+
+    scalars: Scalars
+    """JSON-able. Rates in [0, 1]; None where refused, with the reason in `refusals`."""
+    curves: Curves = field(default_factory=dict)
+    """roc_far, roc_tar, each of shape (points,); cmc, shape (ranks,)."""
+
+    def headline(self) -> dict[str, float]:
+        """rank1, rank5, knn, verification_accuracy and triplet_loss, for a log; what was not measured is left out."""
+        names = ("rank1", "rank5", "verification_accuracy", "triplet_loss")
+        found = {name: self.scalars.get(name) for name in names} | {"knn": self.headline_knn()}
+        return {name: value for name, value in found.items() if value is not None}
+
+    def headline_knn(self) -> float | None:
+        """kNN accuracy, k of `headline_neighbours`: leave-one-out for unseen identities, against the gallery otherwise."""
+        return self.scalars.get(f"knn_{self.scalars['knn_headline']}_{self.scalars['headline_neighbours']}")
+
+
+def check_open_set(identities: Tensor, config: ProtocolConfig) -> None:
+    """Refuses, before any embedding is computed, a set of identities that `open_set` would refuse.
+
+    Raises:
+        ValueError: fewer than two identities, none with two images, or fewer gallery images than ranks or neighbours.
+    """
+    unique, counts = identities.unique(return_counts=True)
+    if len(unique) < 2:
+        raise ValueError(f"the evaluation set has {len(unique)} identities; at least 2 are needed to tell them apart")
+    if counts.max() < 2:
+        raise ValueError(f"none of the {len(unique)} identities has 2 images; there is nothing to find again")
+    if counts.max() <= config.gallery_images_per_identity:
+        most = f"the largest identity has {int(counts.max())}"
+        given = f"evaluation.gallery_images_per_identity is {config.gallery_images_per_identity}"
+        raise ValueError(f"{given} and {most} images; no probe is left")
+    _check_reach("ranks", config.ranks[-1], len(unique), "identities in the gallery")
+    _check_reach("knn", config.knn[-1], len(identities) - 1, "other images in the evaluation set")
+
+
+def open_set(
+    embeddings: Tensor,
+    identities: Tensor,
+    *,
+    margin: float | None,
+    squared: bool,
+    config: ProtocolConfig | None = None,
+    device: str = "cpu",
+) -> SetResult:
+    """Identities that training never saw.
+
+    Args:
+        embeddings: shape (n, d), finite, not zero; scaled to unit length here.
+        identities: shape (n,), integers. "First images" are the first in this order.
+        margin: of the triplet loss, in units of the distance; None is the soft margin, log(1 + exp(d_ap - d_an)).
+        squared: whether the distance is the squared one, in [0, 4], or its root, in [0, 2].
+        config: default settings where None.
+        device: where the neighbours are searched and the pairs compared: "cpu", "cuda" or "cuda:N".
+    Returns:
+        Rank-k and CMC against the first images of each identity; kNN leave-one-out and against a gallery; verification
+        accuracy in folds; EER, AUC, TAR@FAR; triplet loss; counts.
+    Raises:
+        ValueError: see `check_open_set`; or shapes do not fit, or an embedding is not finite or zero.
+    """
+    config = config or ProtocolConfig()
+    samples = _unit(embeddings, identities, "embeddings")
+    check_open_set(samples[1], config)
+    gallery, probes = _split(samples, config.gallery_images_per_identity)
+    ranks, curves = rank_k(gallery, probes, config.ranks, device)
+    scalars = _about(samples[1], margin, squared, config, "leave_one_out") | ranks
+    scalars["identities_without_probe"] = len(samples[1].unique()) - len(probes[1].unique())
+    scalars |= knn_leave_one_out(samples, config.knn, device)
+    gallery, probes = _split(samples, config.knn_gallery_images)
+    if len(probes[1]) and len(gallery[1]) >= config.knn[-1]:
+        scalars |= knn_gallery(gallery, probes, config.knn, device)
+    else:
+        sizes = f"{len(gallery[1])} gallery images and {len(probes[1])} probes"
+        reason = f"the first {config.knn_gallery_images} images of each identity as gallery give {sizes}"
+        _refuse(scalars, [f"knn_gallery_{k}" for k in config.knn], reason)
+    return SetResult(scalars, curves | _compare(scalars, samples, squared, config, device))
+
+
+def closed_set(
+    gallery: Tensor,
+    gallery_identities: Tensor,
+    probes: Tensor,
+    probe_identities: Tensor,
+    *,
+    margin: float | None,
+    squared: bool,
+    config: ProtocolConfig | None = None,
+    device: str = "cpu",
+) -> SetResult:
+    """Unseen images of training identities, every one of which is in the gallery.
+
+    Args:
+        gallery: embeddings of training images, shape (m, d); the first `closed_gallery_images` of each identity are used.
+        gallery_identities: shape (m,).
+        probes: embeddings of unseen images, shape (n, d).
+        probe_identities: shape (n,).
+        margin, squared, config, device: as for `open_set`.
+    Returns:
+        The nearest centroid's accuracy (centroids of the first `centroid_images` gallery images) and kNN against the
+        gallery; Rank-k and CMC against the first `gallery_images_per_identity` gallery images of each identity, as for
+        unseen identities; verification and triplet loss among the probes alone.
+    Raises:
+        ValueError: as for `open_set`, or a probe's identity is not in the gallery.
+    """
+    config = config or ProtocolConfig()
+    enrolled, _ = _split(_unit(gallery, gallery_identities, "gallery embeddings"), config.closed_gallery_images)
+    searched = _unit(probes, probe_identities, "probe embeddings")
+    _check_closed_set(enrolled, searched, config)
+    few, _ = _split(enrolled, config.gallery_images_per_identity)
+    ranks, curves = rank_k(few, searched, config.ranks, device)
+    scalars = _about(searched[1], margin, squared, config, "gallery") | ranks
+    scalars |= knn_gallery(enrolled, searched, config.knn, device)
+    scalars |= nearest_centroid(enrolled, searched, config.centroid_images, device)
+    return SetResult(scalars, curves | _compare(scalars, searched, squared, config, device))
+
+
+def _split(samples: Set, images: int) -> tuple[Set, Set]:
+    embeddings, identities = samples
+    gallery, probes = split_gallery(identities, images)
+    return (embeddings[gallery], identities[gallery]), (embeddings[probes], identities[probes])
+
+
+def _unit(embeddings: Tensor, identities: Tensor, name: str) -> Set:
+    if embeddings.ndim != 2 or identities.shape != embeddings.shape[:1]:
+        shapes = f"{tuple(embeddings.shape)}, their identities {tuple(identities.shape)}"
+        raise ValueError(f"{name} have shape {shapes}; they must be (n, d) and (n,)")
+    if len(embeddings) == 0:
+        raise ValueError(f"{name} are none; the set to evaluate is empty")
+    embeddings = embeddings.detach().to("cpu", torch.float32)
+    broken = int((~torch.isfinite(embeddings).all(dim=1)).sum())
+    if broken:
+        raise ValueError(f"{broken} of {len(embeddings)} {name} hold NaN or infinity; the model diverged or is damaged")
+    zero = int((~embeddings.any(dim=1)).sum())
+    if zero:
+        raise ValueError(f"{zero} of {len(embeddings)} {name} are zero; they have no direction")
+    return normalize(embeddings, dim=1), identities.detach().to("cpu", torch.int64)
+
+
+def _check_closed_set(gallery: Set, probes: Set, config: ProtocolConfig) -> None:
+    if gallery[0].shape[1] != probes[0].shape[1]:
+        sizes = f"gallery embeddings have {gallery[0].shape[1]} dimensions, probe embeddings {probes[0].shape[1]}"
+        raise ValueError(f"{sizes}; they must agree")
+    enrolled = gallery[1].unique()
+    if len(enrolled) < 2:
+        raise ValueError(f"the gallery has {len(enrolled)} identities; at least 2 are needed to tell them apart")
+    strangers = probes[1][~torch.isin(probes[1], enrolled)].unique()
+    if len(strangers):
+        some = ", ".join(str(int(identity)) for identity in strangers[:3])
+        raise ValueError(f"{len(strangers)} probe identities are not in the gallery ({some}); in a closed set all are")
+    _check_reach("ranks", config.ranks[-1], len(enrolled), "identities in the gallery")
+    _check_reach("knn", config.knn[-1], len(gallery[1]), "images in the gallery")
+
+
+def _check_reach(name: str, wanted: int, there: int, what: str) -> None:
+    if wanted > there:
+        raise ValueError(f"evaluation.{name} goes up to {wanted}, but there are {there} {what}; lower it or add images")
+
+
+def _about(identities: Tensor, margin: float | None, squared: bool, config: ProtocolConfig, headline: str) -> Scalars:
+    if margin is not None and not (isfinite(margin) and margin >= 0):
+        raise ValueError(f"margin is {margin}; it must be 0 or more, or None for the soft margin")
+    neighbours = HEADLINE_NEIGHBOURS if HEADLINE_NEIGHBOURS in config.knn else config.knn[0]
+    return {
+        "samples": len(identities),
+        "identities": len(identities.unique()),
+        "margin": margin,
+        "distance": "squared" if squared else "root",
+        "knn_headline": headline,
+        "headline_neighbours": neighbours,
+        "refusals": {},
+        "protocol": asdict(config) | {name: list(getattr(config, name)) for name in ("ranks", "knn", "fars")},
+    }
+
+
+def _compare(scalars: Scalars, samples: Set, squared: bool, config: ProtocolConfig, device: str) -> Curves:
+    """Adds to `scalars` what compares the samples of one set with each other; returns the ROC."""
+    _, identities = samples
+    if not triplets_exist(identities):
+        counts = identities.unique(return_counts=True)[1]
+        names = ["triplet_loss", "verification_accuracy", "verification_std", "eer", "auc", "tar_at_far"]
+        _refuse(scalars, names, f"{len(counts)} identities, the largest of {int(counts.max())} images, give no triplet")
+        return {}
+    scalars |= triplet_loss(samples, scalars["margin"], squared, config.seed)
+    try:
+        pairs = draw_pairs(identities, config.pairs, config.folds, config.seed)
+    except ValueError as reason:
+        _refuse(scalars, ["verification_accuracy", "verification_std"], str(reason))
+    else:
+        scalars |= fold_accuracy(samples, pairs)
+    points, curves = operating_points(samples, config.fars, config.roc_samples, config.seed, device)
+    scalars |= points
+    return curves
+
+
+def _refuse(scalars: Scalars, names: Sequence[str], reason: str) -> None:
+    scalars |= dict.fromkeys(names)
+    scalars["refusals"] |= dict.fromkeys(names, reason)

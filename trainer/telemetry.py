@@ -1,0 +1,121 @@
+"""What a run tells while it runs: loss, triplet health, throughput with data wait; as JSON lines and through trackers."""
+
+import json
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from trainer.collectives import all_reduce_sum, rank
+from trainer.train_step import StepStats
+
+LOG, EVALUATIONS = "log.jsonl", "evaluations.jsonl"
+
+
+class Telemetry:
+    """Adds up what the steps report, on the device, and writes it out at the steps that log.
+
+    Args:
+        folder: the run folder.
+        global_batch: images of one step over all ranks.
+        track: sends (values, step) to the trackers.
+        device: of the statistics.
+    """
+
+    def __init__(
+        self,
+        folder: Path,
+        global_batch: int,
+        track: Callable[[dict[str, float], int], None],
+        device: torch.device,
+    ) -> None:
+        self._folder, self._global_batch, self._track, self._device = folder, global_batch, track, device
+        self._restart()
+
+    def _restart(self) -> None:
+        self._sums: Tensor | None = None  # of _totals over the steps since the last line
+        self._steps, self._waited, self._since = 0, 0.0, time.perf_counter()
+
+    @contextmanager
+    def waiting(self) -> Iterator[None]:
+        """Times what runs inside as waiting for data."""
+        begin = time.perf_counter()
+        yield
+        self._waited += time.perf_counter() - begin
+
+    def add(self, stats: StepStats) -> None:
+        """Counts a step; nothing here waits for the device."""
+        totals = _totals(stats)
+        self._sums = totals if self._sums is None else self._sums + totals
+        self._steps += 1
+
+    def log(self, step: int, epoch: float, learning_rate: float) -> dict[str, float]:
+        """Writes one line on rank 0 for the steps since the last one; every rank calls it. Syncs with the device."""
+        assert self._sums is not None, "log without a step"
+        loss, active, valid, d_ap, d_an = all_reduce_sum(self._sums).tolist()
+        seconds = time.perf_counter() - self._since
+        line = {
+            "step": step,
+            "epoch": round(epoch, 4),
+            "images_seen": step * self._global_batch,
+            "loss": loss / max(active, 1),
+            "active_fraction": active / max(valid, 1),
+            "d_ap": d_ap / max(valid, 1),
+            "d_an": d_an / max(valid, 1),
+            "images_per_s": round(self._steps * self._global_batch / seconds, 2),
+            "data_wait_percent": round(100 * self._waited / seconds, 2),
+            "learning_rate": learning_rate,
+        }
+        self._write(LOG, line)
+        self._track({f"train/{name}": value for name, value in line.items() if name != "step"}, step)
+        self._restart()
+        return line
+
+    def evaluation(self, step: int, scalars: dict[str, float]) -> None:
+        """Writes the result of an evaluation on rank 0. The time that it took is not counted as training."""
+        self._write(EVALUATIONS, {"step": step, "images_seen": step * self._global_batch, **scalars})
+        self._track({f"evaluation/{name}": value for name, value in scalars.items()}, step)
+
+    @contextmanager
+    def paused(self) -> Iterator[None]:
+        """Takes what runs inside (evaluation, checkpoints) out of the training time."""
+        begin = time.perf_counter()
+        yield
+        self._since += time.perf_counter() - begin
+
+    def _write(self, name: str, line: dict[str, float]) -> None:
+        if rank() == 0:
+            with (self._folder / name).open("a") as file:
+                file.write(json.dumps(line) + "\n")
+
+
+def truncate(folder: Path, step: int) -> None:
+    """Drops the lines beyond `step` that a run wrote before it stopped; resuming writes them anew."""
+    for name in (LOG, EVALUATIONS):
+        path = folder / name
+        if path.is_file():
+            lines = [line for line in path.read_text().splitlines() if _step(line) <= step]
+            path.write_text("".join(f"{line}\n" for line in lines))
+
+
+def _step(line: str) -> float:
+    try:
+        return json.loads(line)["step"]
+    except ValueError:
+        return float("inf")  # cut short by a kill
+
+
+def _totals(stats: StepStats) -> Tensor:
+    """Loss, active, valid, d_ap, d_an summed over this rank's valid anchors, shape (5,), float64."""
+    triplets = stats.triplets
+    parts = (
+        stats.loss_sum,
+        stats.active,
+        triplets.valid.sum(),
+        (triplets.positive_distance.detach() * triplets.valid).sum(),
+        (triplets.negative_distance.detach() * triplets.valid).sum(),
+    )
+    return torch.stack([part.double() for part in parts])

@@ -1,0 +1,234 @@
+"""Training: wiring, loop, main(). Start it with `accelerate launch -m trainer.train --config FILE`."""
+
+import math
+import os
+import sys
+from collections.abc import Sequence
+from functools import partial
+
+import torch
+import torchvision
+from accelerate import Accelerator, InitProcessGroupKwargs
+from accelerate.utils import DistributedDataParallelKwargs, DistributedType, KwargsHandler, set_seed
+from torch import nn
+from torch.optim import SGD, AdamW, Optimizer
+
+from data_shards.index import ShardSet, Split
+from data_shards.loader import training_loader
+from data_shards.plan import Plan, per_rank
+from data_shards.progress import progress
+from trainer import checkpoint, telemetry
+from trainer.collectives import barrier, rank, shutdown, world_size
+from trainer.config import OptimizerConfig, RunConfig, TrainConfig, UsageError, load, parse, save
+from trainer.evaluation.run import evaluate_in_training
+from trainer.model import Embedder, parameter_groups
+from trainer.train_step import train_step
+
+CONFIG, CHECKPOINTS = "config.yaml", "checkpoints"
+
+
+def train(config: TrainConfig, accelerator: Accelerator) -> None:
+    """Trains to the last step, from the newest checkpoint where `run.resume` says so."""
+    shards = ShardSet.open(config.data.shards)
+    split = shards.split("train")
+    plan = Plan(split.starts, config.plan, config.run.seed)
+    batch_size = per_rank(config.plan, world_size())
+    steps = config.run.steps or config.run.epochs * plan.steps_per_epoch
+    held_out = _held_out(shards, config.run)
+    check_folder(config)
+
+    set_seed(config.run.seed)
+    model, optimizer, engine = _prepare(config, accelerator, batch_size)
+    bare = accelerator.unwrap_model(model)
+    checkpoints = config.run.folder / CHECKPOINTS
+    start = 0
+    if config.run.resume:
+        found = checkpoint.latest(checkpoints)
+        found.load_training(bare, optimizer, engine)
+        start = found.step
+        if rank() == 0:
+            telemetry.truncate(config.run.folder, start)
+    make_folder(config)
+    if config.run.tensorboard:
+        accelerator.init_trackers("tensorboard")
+    if rank() == 0:
+        print(_headline(split, plan, config, accelerator, start, steps), file=sys.stderr)
+
+    loader = training_loader(
+        split,
+        plan,
+        config.data,
+        config.augment,
+        start=start,
+        stop=steps,
+        rank=rank(),
+        world_size=world_size(),
+        device=accelerator.device,
+    )
+    report = telemetry.Telemetry(
+        config.run.folder, config.plan.batch_size, partial(_track, accelerator), accelerator.device
+    )
+    with progress("train", steps, "steps", enabled=rank() == 0) as advance:
+        advance(start)
+        for step in range(start + 1, steps + 1):
+            rate = set_learning_rate(optimizer, config.optimizer, step, steps)
+            with report.waiting():
+                batch = next(loader)
+            report.add(train_step(model, batch, optimizer, config.loss, accelerator.backward))
+            if step % config.run.log_every == 0 or step == steps:
+                report.log(step, step / plan.steps_per_epoch, rate)
+            if held_out is not None and (step % config.run.evaluate_every == 0 or step == steps):
+                with report.paused():
+                    report.evaluation(step, evaluate_in_training(bare, held_out, config, accelerator.device))
+            if step % config.run.checkpoint_every == 0 or step == steps:
+                with report.paused():
+                    checkpoint.save(checkpoints, step, bare, optimizer, engine=engine, keep=config.run.keep_checkpoints)
+            advance(1)
+    for key in loader.undecodable.values():
+        print(f"facescale: {key} did not decode and was replaced: run `facescale verify`", file=sys.stderr)
+    accelerator.end_training()
+
+
+def _held_out(shards: ShardSet, run: RunConfig) -> Split | None:
+    return shards.split("unseen_identities") if run.evaluate_every else None
+
+
+def check_folder(config: TrainConfig) -> None:
+    """Looks at the run folder before any work, and changes nothing.
+
+    Raises:
+        ValueError: it holds something already or, to be resumed, does not hold a run of the same settings.
+    """
+    folder = config.run.folder
+    if config.run.resume:
+        _check_same_settings(config)
+    elif folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        raise ValueError(f"run folder {folder} exists and is not empty; choose another run.folder or say --run.resume")
+
+
+def make_folder(config: TrainConfig) -> None:
+    """Makes the run folder with its config, once everything that can be wrong at the start was found right."""
+    barrier()
+    if rank() == 0 and not config.run.resume:
+        config.run.folder.mkdir(parents=True, exist_ok=True)
+        save(config, config.run.folder / CONFIG)
+    barrier()
+
+
+def _check_same_settings(config: TrainConfig) -> None:
+    """What decides the batches, the network and the schedule must be as it was; the rest of `run` may change."""
+    earlier = load(config.run.folder / CONFIG)
+    for section in ("plan", "augment", "model", "loss", "optimizer"):
+        was, now = getattr(earlier, section), getattr(config, section)
+        if was != now:
+            raise ValueError(f"cannot resume {config.run.folder}: it was trained with {was}, now {now} is asked for")
+    for name in ("seed", "steps", "epochs"):
+        was, now = getattr(earlier.run, name), getattr(config.run, name)
+        if was != now:
+            raise ValueError(f"cannot resume {config.run.folder}: run.{name} was {was}, now {now} is asked for")
+
+
+def _prepare(
+    config: TrainConfig, accelerator: Accelerator, batch_size: int
+) -> tuple[nn.Module, Optimizer, nn.Module | None]:
+    """Model and optimiser as accelerate wraps them, and DeepSpeed's engine where it is used."""
+    module: nn.Module = Embedder(config.model)
+    if config.model.sync_batchnorm:
+        if accelerator.device.type != "cuda":
+            raise ValueError("model.sync_batchnorm is True; PyTorch has it on GPUs only")
+        module = nn.SyncBatchNorm.convert_sync_batchnorm(module)
+    deepspeed = accelerator.distributed_type == DistributedType.DEEPSPEED
+    if not deepspeed:  # its broadcast wants contiguous parameters; the images are channels-last all the same
+        module = module.to(memory_format=torch.channels_last)
+    else:
+        accelerator.state.deepspeed_plugin.deepspeed_config["train_micro_batch_size_per_gpu"] = batch_size
+    model, optimizer = accelerator.prepare(module, make_optimizer(module, config.optimizer))
+    return model, optimizer, model if deepspeed else None
+
+
+def make_optimizer(model: nn.Module, config: OptimizerConfig) -> Optimizer:
+    groups = parameter_groups(model, config.weight_decay)
+    if config.kind == "adamw":
+        return AdamW(groups, lr=config.learning_rate, betas=(config.momentum, 0.999))
+    return SGD(groups, lr=config.learning_rate, momentum=config.momentum, nesterov=config.momentum > 0)
+
+
+def learning_rate(config: OptimizerConfig, step: int, steps: int) -> float:
+    """Of step 1, 2, … `steps`: linear warm-up, then half a cosine down to 0. Source: Loshchilov, Hutter 2017."""
+    if step <= config.warmup_steps:
+        return config.learning_rate * step / config.warmup_steps
+    done = (step - config.warmup_steps) / max(1, steps - config.warmup_steps)
+    return config.learning_rate * 0.5 * (1 + math.cos(math.pi * min(1.0, done)))
+
+
+def set_learning_rate(optimizer: Optimizer, config: OptimizerConfig, step: int, steps: int) -> float:
+    rate = learning_rate(config, step, steps)
+    for group in optimizer.param_groups:
+        group["lr"] = rate
+    return rate
+
+
+def make_accelerator(config: RunConfig) -> Accelerator:
+    """One for the launcher's ranks. Without a GPU the process group is gloo, also under DeepSpeed."""
+    cpu = config.device == "cpu" or not torch.cuda.is_available()
+    bf16 = config.precision == "bf16" or (config.precision == "auto" and _bf16_pays(cpu))
+    deepspeed = os.environ.get("ACCELERATE_USE_DEEPSPEED", "false").lower() == "true"
+    handlers: list[KwargsHandler] = [DistributedDataParallelKwargs(gradient_as_bucket_view=True)]
+    if cpu:
+        handlers.append(InitProcessGroupKwargs(backend="gloo"))
+        local_ranks = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+        torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // local_ranks))
+    accelerator = Accelerator(
+        cpu=cpu and not deepspeed,  # accelerate takes cpu=True for "not DeepSpeed"
+        mixed_precision="bf16" if bf16 else "no",
+        kwargs_handlers=handlers,
+        log_with="tensorboard" if config.tensorboard else None,
+        project_dir=config.folder,
+    )
+    if not cpu:
+        torch.backends.cudnn.benchmark = True
+    return accelerator
+
+
+def _bf16_pays(cpu: bool) -> bool:
+    """Whether the device has bf16 instructions. On a GPU: compute capability 8.0 (Ampere) and later."""
+    if cpu:
+        return torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
+    return torch.cuda.get_device_capability() >= (8, 0)
+
+
+def _track(accelerator: Accelerator, values: dict[str, float], step: int) -> None:
+    accelerator.log(values, step=step)
+
+
+def _headline(split: Split, plan: Plan, config: TrainConfig, accelerator: Accelerator, start: int, steps: int) -> str:
+    told, asked = plan.summary(), config.plan
+    return (
+        f"facescale: {len(split):,} images of {told.identities:,} identities ({told.single_image_identities:,} more have one "
+        f"image and are left out); P x K = {asked.identities_per_batch} x {asked.images_per_identity} over {world_size()} "
+        f"rank(s); {told.steps_per_epoch:,} steps an epoch repeat {told.groups_repeated:,} and leave out "
+        f"{told.groups_left_out:,} of {told.groups:,} groups; step {start:,} to {steps:,}; {accelerator.device}, "
+        f"{accelerator.mixed_precision}; torch {torch.__version__}, torchvision {torchvision.__version__}"
+    )
+
+
+def main(argv: Sequence[str] | None = None, prog: str = "python -m trainer.train") -> int:
+    """Exit code 0, 1 (failed) or 2 (usage). Only rank 0 says what is wrong."""
+    first = os.environ.get("RANK", "0") == "0"
+    try:
+        config = parse(sys.argv[1:] if argv is None else argv, prog)
+        accelerator = make_accelerator(config.run)
+        train(config, accelerator)
+    except (ValueError, OSError) as error:
+        if os.environ.get("FACESCALE_TRACEBACK"):
+            raise
+        if first:
+            print(f"facescale: {error}", file=sys.stderr)
+        return 2 if isinstance(error, UsageError) else 1
+    finally:
+        shutdown()
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,55 @@
+"""The one place where model, collectives and metric meet."""
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from data_shards.loader import Batch
+from trainer.collectives import all_reduce_sum, gather, gather_with_grad, rank, world_size
+from trainer.config import LossConfig
+from trainer.metric.losses import triplet_loss
+from trainer.metric.mining import Triplets, batch_hard
+
+
+class StepStats(NamedTuple):
+    """What one rank saw in a step, still on the device."""
+
+    loss_sum: Tensor
+    """0-d, over this rank's anchors."""
+    active: Tensor
+    """Active triplets of this rank, 0-d."""
+    triplets: Triplets
+
+
+def train_step(
+    model: nn.Module,
+    batch: Batch,
+    optimizer: Optimizer,
+    config: LossConfig,
+    backward: Callable[[Tensor], None],
+) -> StepStats:
+    """One optimiser update on this rank's slice of a global PK batch.
+
+    Equals the single-process step on the whole global batch: candidates are gathered in rank order, the gather's backward sums
+    over ranks, DDP averages over ranks, and the loss is divided by the active count of *all* ranks (design idea 4).
+    """
+    embeddings = model(batch.images)  # (b, d) unit norm
+    candidates = gather_with_grad(embeddings)  # (W*b, d) in rank order
+    candidate_identities = gather(batch.identities)  # (W*b,)
+    triplets = batch_hard(
+        embeddings, batch.identities, candidates, candidate_identities, self_columns(embeddings), squared=config.squared
+    )
+    loss_sum, active = triplet_loss(triplets, config.effective_margin)  # 0-d, 0-d
+    loss = loss_sum * world_size() / all_reduce_sum(active).clamp(min=1)
+    backward(loss)
+    optimizer.step()
+    optimizer.zero_grad()
+    return StepStats(loss_sum.detach(), active, triplets)
+
+
+def self_columns(embeddings: Tensor) -> Tensor:
+    """Where this rank's embeddings lie among the gathered candidates, shape (b,)."""
+    return torch.arange(len(embeddings), device=embeddings.device) + rank() * len(embeddings)
