@@ -80,7 +80,8 @@ def augment(config: AugmentConfig, seed: int, draws: Draws, width: Ints, height:
     area = size.min(1) ** 2 * (config.crop_area[0] + (config.crop_area[1] - config.crop_area[0]) * u(_AREA))
     low, high = np.log(config.crop_aspect)
     aspect = np.exp(low + (high - low) * u(_ASPECT))
-    shape = np.minimum(np.stack([np.sqrt(area * aspect), np.sqrt(area / aspect)], 1) / size, 1)
+    crop = np.stack([np.sqrt(area * aspect), np.sqrt(area / aspect)], 1)  # (b, 2) pixels
+    shape = np.clip(crop, 1, size) / size  # a crop under one pixel can be empty, which kills DALI's pipeline
     anchor = (1 - shape) * np.stack([u(_LEFT), u(_TOP)], 1)
     saturation = np.where(u(_GREYSCALE) < config.greyscale, 0, factor(_SATURATION, config.saturation))
     return Augmentation(

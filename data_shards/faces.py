@@ -1,8 +1,8 @@
-"""Draws one face: an `Identity` (what the person fixes) seen in a `View` (what the image varies). numpy and OpenCV only.
+"""Draws one face: an `Identity` (what the person fixes) seen in a `View` (what the image varies).
 
-Head coordinates: x to the image's right, y down, z to the viewer; the head's half height is 1. The head is an ellipsoid whose
-width follows a cubic in y; every pixel is intersected with it, so that skin, hair and shading move in 3-D, and the outlines of
-eyes, brows, nose and mouth are projected from points on the same surface.
+Head coordinates: x to the image's right, y down, z to the viewer; the head's half height is 1. The head is an
+ellipsoid whose width follows a cubic in y. Every pixel's ray is intersected with it, so that skin, hair and shading move
+in 3-D, and the outlines of eyes, brows, nose and mouth are projected from points on the same surface.
 """
 
 from dataclasses import dataclass
@@ -12,14 +12,14 @@ import cv2
 import numpy as np
 from numpy.typing import NDArray
 
-Array = NDArray[np.float32]
+Array = NDArray[np.floating]
 Image = NDArray[np.uint8]
 Colour = tuple[float, float, float]  # RGB, 0 to 255
 
 
 @dataclass(frozen=True)
 class Identity:
-    """Everything that a person fixes. Lengths in half head heights, angles in radians, amounts in [0, 1], colours RGB 0-255."""
+    """Everything that a person fixes. Lengths in half head heights, angles in radians, colours RGB 0-255."""
 
     number: int
     width: float
@@ -47,7 +47,7 @@ class Identity:
     ear: tuple[float, float, float]  # height, stand-off, height y
     hair: Colour
     hair_volume: tuple[float, float]  # at the top, at the sides
-    hairline: tuple[float, float, float, float]  # y in front, y at the sideburns, y behind the ears, angle of the temple
+    hairline: tuple[float, float, float, float]  # y in front, at the sideburns, behind the ears; angle of the temple
     fringe: tuple[float, float, float, float]  # slope, waves' amplitude, waves' frequency, widow's peak
     curl: float
     streaks: float
@@ -91,7 +91,7 @@ OCCLUDERS = ("sunglasses", "glasses", "cap", "scarf", "hand", "bar")
 
 
 class _Camera:
-    """Weak perspective: head coordinates -> view coordinates (rotated by yaw and pitch) -> pixels (rolled, scaled, moved)."""
+    """Head coordinates -> view coordinates (turned by yaw and pitch, orthographic) -> pixels (rolled, scaled, moved)."""
 
     def __init__(self, view: View, size: int) -> None:
         cy, sy, cp, sp = np.cos(view.yaw), np.sin(view.yaw), np.cos(view.pitch), np.sin(view.pitch)
@@ -136,7 +136,7 @@ class _Shell:
         p0, p1, p2 = self.profile
         return np.clip(1 + y * (p0 + y * (p1 + y * p2)), 0.5, 1.5)
 
-    def on(self, x: Array, y: Array, out: float = 0.0) -> Array:
+    def on(self, x: Array, y: Array, out: float | Array = 0.0) -> Array:
         """Points (n, 3) on the front surface at x, y, moved outwards by `out` along z."""
         f = self.factor(y)
         rest = 1 - (x / (self.axes[0] * f)) ** 2 - ((y - self.lift) / self.axes[1]) ** 2
@@ -144,13 +144,13 @@ class _Shell:
         return np.stack([x, y, z], axis=1).astype(np.float32)
 
     def hit(self, camera: _Camera, u: Array, v: Array) -> tuple[Array, Array, Array, Array, Array]:
-        """Where each pixel's ray meets the shell: x, y, z, profile factor and the signed distance inside its outline, in pixels."""
+        """Where each pixel's ray meets the shell: x, y, z, profile factor, and pixels to the outline (inside: positive)."""
         m = camera.rotation
         o0, o1, o2 = (m[0, i] * u + m[1, i] * v for i in range(3))
         o1 = o1 - np.float32(self.lift)
         d0, d1, d2 = (float(m[2, i]) for i in range(3))
         a, b, c = self.axes
-        f = np.float32(1)
+        f: Array = np.ones(1, np.float32)
         for _ in range(2):  # the profile varies slowly: a second pass places y to within a pixel
             g = 1 / (f * f)
             k0, k2 = g * np.float32(1 / a**2), g * np.float32(1 / c**2)
@@ -166,7 +166,7 @@ class _Shell:
 
 @lru_cache(maxsize=1)
 def _noise_tile() -> tuple[Array, Array]:
-    """A fixed grain (isotropic) and fixed strands (long in y), 256 x 256, zero mean, about unit deviation; they wrap around."""
+    """A fixed grain (isotropic) and fixed strands (long in y), (256, 256), unit deviation; they wrap around."""
     raw = np.random.Generator(np.random.PCG64(7)).standard_normal((256, 256)).astype(np.float32)
     tiled = np.tile(raw, (3, 3))
     grain = cv2.GaussianBlur(tiled, (0, 0), 2.0)[256:512, 256:512]
@@ -175,7 +175,12 @@ def _noise_tile() -> tuple[Array, Array]:
 
 
 def _sample(tile: Array, x: Array, y: Array) -> Array:
-    return cv2.remap(tile, x, y, cv2.INTER_LINEAR, borderMode=cv2.BORDER_WRAP)
+    """The tile at x, y in its pixels, repeated; OpenCV holds them in 16 bits, so they must stay within 32,767."""
+    return np.asarray(cv2.remap(tile, x, y, cv2.INTER_LINEAR, borderMode=cv2.BORDER_WRAP), np.float32)
+
+
+def _blur(canvas: Image, deviation: float) -> Image:
+    return np.asarray(cv2.GaussianBlur(canvas, (0, 0), deviation), np.uint8)
 
 
 def _fill(canvas: Image, pixels: Array, colour: Colour | NDArray) -> None:
@@ -222,7 +227,7 @@ class _Face:
         self._behind(canvas)
         face, mask = self._skin()
         self._features(face)
-        face = cv2.GaussianBlur(face, (0, 0), max(0.3, 0.008 * self.unit))
+        face = _blur(face, max(0.3, 0.008 * self.unit))
         lit = face.astype(np.float32) * self._lighting()
         picture = canvas.astype(np.float32)
         picture += (lit - picture) * mask[..., None]
@@ -235,12 +240,13 @@ class _Face:
         rng, size = self.rng, self.size
         cells = int(rng.integers(2, 9))
         coarse = self._dull(rng.uniform(20, 235) + rng.normal(0, 1, (cells, cells, 3)) * rng.uniform(10, 60))
-        canvas = cv2.resize(coarse.astype(np.float32), (size, size), interpolation=cv2.INTER_CUBIC)
-        canvas = np.clip(canvas, 0, 255).astype(np.uint8)
+        smooth = cv2.resize(coarse.astype(np.float32), (size, size), interpolation=cv2.INTER_CUBIC)
+        canvas = np.clip(smooth, 0, 255).astype(np.uint8)
         for _ in range(int(rng.integers(0, 6))):
             corners = (rng.uniform(-0.2, 1.2, (1, 2)) + rng.normal(0, 0.25, (4, 2))) * size
-            _fill(canvas, cv2.convexHull(corners.astype(np.float32))[:, 0], self._dull(rng.uniform(10, 245, 3)))
-        return cv2.GaussianBlur(canvas, (0, 0), rng.uniform(0.004, 0.03) * size)
+            hull = np.asarray(cv2.convexHull(corners.astype(np.float32))[:, 0], np.float32)
+            _fill(canvas, hull, self._dull(rng.uniform(10, 245, 3)))
+        return _blur(canvas, rng.uniform(0.004, 0.03) * size)
 
     def _dull(self, colours: NDArray) -> NDArray:
         """Draws colours towards grey, as walls and gardens are."""
@@ -292,7 +298,8 @@ class _Face:
         height, stand, y = who.ear
         t = np.linspace(0, 2 * np.pi, 20, dtype=np.float32)
         for side in (-1, 1):
-            out = side * (who.width * float(self.skull.factor(np.float32(y))) * 0.97 + stand * (0.5 - 0.5 * np.cos(t + 0.3)))
+            root = who.width * float(self.skull.factor(np.array(y))) * 0.97
+            out = side * (root + stand * (0.5 - 0.5 * np.cos(t + 0.3)))
             ear = np.stack([out, y + height * np.sin(t), -0.12 - 0.25 * height * np.cos(t)], axis=1).astype(np.float32)
             light = self._flat_light((side * 0.6, 0, 0.6))
             pixels = self.camera.project(ear)
@@ -307,10 +314,11 @@ class _Face:
         self.x, self.y, self.z, self.f, edge = self.skull.hit(self.camera, self.u, self.v)
         mask = np.clip(edge + 0.5, 0, 1)
         grain, _ = _noise_tile()
-        mottle = _sample(grain, self.x * 60 + 7.3 * who.number, self.y * 60)
+        mottle = _sample(grain, self.x * 60 + np.float32(7.3 * who.number % 256), self.y * 60)
         face = np.array(who.skin, np.float32) * (1 + 0.025 * mottle)[..., None]
-        cheeks = sum(np.exp(-((self.x - s * 0.55 * who.width) ** 2 + (self.y - 0.3) ** 2) * 14) for s in (-1, 1))
-        nose_tip = np.exp(-(self.x**2 + (self.y - who.nose[0]) ** 2) * 40)
+        aside = np.abs(self.x) - 0.55 * who.width
+        cheeks = cv2.exp((np.square(aside) + np.square(self.y - 0.3)) * -14)
+        nose_tip = cv2.exp((np.square(self.x) + np.square(self.y - who.nose[0])) * -40)
         rosy = (who.blush * (cheeks + 0.6 * nose_tip)).astype(np.float32)
         face *= 1 - rosy[..., None] * np.array([0.02, 0.28, 0.22], np.float32)
         hairy = self._beard(mottle)[..., None]
@@ -325,9 +333,9 @@ class _Face:
         side = np.abs(self.x) / self.who.width
         ragged = self.y + 0.02 * mottle
         cover = jaw * _step(-0.05, 0.08, ragged - (edge + 0.75 * (0.85 - side)))
-        goatee = chin * np.exp(-(((self.x / 0.26) ** 4) + ((self.y - mouth_y - 0.3) / 0.24) ** 4))
-        lip = (self.x / (mouth_w * 1.15)) ** 4 + ((self.y - mouth_y + 0.11) / 0.075) ** 4
-        cover = np.maximum(np.maximum(cover, goatee), moustache * np.exp(-lip))
+        for amount, below, half, high in ((chin, 0.3, 0.26, 0.24), (moustache, -0.11, mouth_w * 1.15, 0.075)):
+            across, along = np.square(self.x * (1 / half)), np.square((self.y - (mouth_y + below)) * (1 / high))
+            cover = np.maximum(cover, amount * cv2.exp(-(across * across + along * along)))
         return np.clip(cover * (0.92 + 0.12 * mottle), 0, 1)
 
     def _bumps(self) -> list[tuple[float, float, float, float, float, float]]:
@@ -336,7 +344,7 @@ class _Face:
         tip, wide, out, bridge, ball = who.nose
         ex, ey, ew = who.eye[:3]
         mouth = who.mouth
-        relief = [
+        relief: list[tuple[float, float, float, float, float, float]] = [
             (0, tip, out, ball, ball * 0.9, 0.55 * out),
             (0, (ey + tip) / 2, out * 0.6, bridge, abs(tip - ey) * 0.5, 0.3 * out),
             (0, mouth[0], 0.05, mouth[1], 0.13, 0.05),
@@ -370,8 +378,10 @@ class _Face:
         norm = 1 / np.sqrt(nx * nx + ny * ny + nz * nz + 1e-6)
         lx, ly, lz = self.view.light
         lamp = (nx * lx + ny * ly + nz * lz) * norm
-        half = np.array([lx, ly, lz + 1]) / np.linalg.norm([lx, ly, lz + 1])
-        shine = np.maximum((nx * half[0] + ny * half[1] + nz * half[2]) * norm, 0).astype(np.float32) ** 16
+        hx, hy, hz = (np.array([lx, ly, lz + 1]) / np.linalg.norm([lx, ly, lz + 1])).tolist()
+        shine = np.maximum((nx * hx + ny * hy + nz * hz) * norm, 0)
+        for _ in range(4):
+            shine = shine * shine
         lamp = np.maximum((lamp + 0.15) * np.float32(1 / 1.15), 0)
         hair_shadow = 1 - 0.3 * _step(-0.12, 0.0, self._hairline(self.x, self.z) - self.y)
         gain = self.ambient + (lamp * hair_shadow + who.gloss * shine)[..., None] * self.key
@@ -406,7 +416,8 @@ class _Face:
         depth = min(1.0, who.age + 0.35 * max(0.0, self.view.smile))
         for side in (-1, 1):
             fold = wide * 1.1 + (mouth_w * 1.15 - wide * 1.1) * t + 0.05 * np.sin(np.pi * t)
-            _line(face, self._at(side * fold, tip + (mouth_y - tip) * t), _shade(who.skin, 0.68), 0.03 * self.unit * depth)
+            fold_at = self._at(side * fold, tip + (mouth_y - tip) * t)
+            _line(face, fold_at, _shade(who.skin, 0.68), 0.03 * self.unit * depth)
             ex, ey, ew = who.eye[:3]
             x = side * (ex + ew * (1.6 * t - 0.8))
             y = ey + 0.1 + 0.05 * np.sin(np.pi * t)
@@ -436,7 +447,7 @@ class _Face:
             disc = self._at(gx + radius * who.iris_radius * np.cos(a), gy + radius * who.iris_radius * np.sin(a))
             area, part = cv2.intersectConvexConvex(hull, cv2.convexHull(disc))
             if area > 0:
-                _fill(face, part[:, 0], colour)
+                _fill(face, np.asarray(part[:, 0], np.float32), colour)
         if view.blink < 0.6:
             spot = self._at(np.array([gx - 0.03]), np.array([gy - 0.03]))[0]
             centre = (round(float(spot[0]) * 16), round(float(spot[1]) * 16))
@@ -500,7 +511,8 @@ class _Face:
         slope, amplitude, frequency, peak = who.fringe
         angle = np.arctan2(x * np.float32(1 / who.width), z * np.float32(1 / who.depth))
         turn = np.abs(angle)
-        line = front + slope * angle + amplitude * np.sin(frequency * angle + who.number) + peak * np.exp(-12 * angle**2)
+        line = front + slope * angle + peak * np.exp(-12 * angle**2)
+        line = line + amplitude * np.sin(frequency * angle + who.number)
         line = line + (side - line) * _step(temple - 0.22, temple + 0.22, turn)
         return line + (nape - side) * _step(1.5, 1.8, turn)
 
@@ -510,10 +522,11 @@ class _Face:
         sides = who.hair_volume[1]
         x, y, z, _, edge = self.hair_hit
         grain, strands = _noise_tile()
-        rough = _sample(grain, x * 45 + 3.1 * who.number, y * 45)
+        rough = _sample(grain, x * 45 + np.float32(3.1 * who.number % 256), y * 45)
         angle = np.arctan2(x, z)
         flow = angle * np.float32(46) + y * np.float32(6) + rough * np.float32(3 * who.curl)
-        strand = _sample(strands, flow + np.float32(13.7 * who.number), y * np.float32(40) + rough * np.float32(6 * who.curl))
+        along = y * np.float32(40) + rough * np.float32(6 * who.curl)
+        strand = _sample(strands, flow + np.float32(13.7 * who.number % 256), along)
         line = self._hairline(x, z) + (0.008 + 0.022 * who.curl) * rough + 0.01 * strand
         thin = (sides + 0.02) * self.unit * (1 - _step(0.0, 0.3, line - y))  # hair lies flat where it ends
         outline = edge - thin + rough * np.float32(0.03 * who.curl * self.unit)
@@ -536,7 +549,8 @@ class _Face:
         """The lit picture as 8 bit, with the view's occluder in front."""
         canvas = np.clip(picture, 0, 255).astype(np.uint8)
         if self.view.occluder:
-            getattr(self, f"_{self.view.occluder}")(canvas, np.array(self.view.occluder_colour) * self._flat_light((0, -0.2, 0.9)))
+            colour = np.array(self.view.occluder_colour) * self._flat_light((0, -0.2, 0.9))
+            getattr(self, f"_{self.view.occluder}")(canvas, colour)
         return canvas
 
     def _lenses(self) -> list[Array]:
@@ -591,7 +605,8 @@ class _Face:
             angle = -np.pi / 2 - side * (0.15 + 0.7 * turn + 0.14 * finger)
             along = np.array([np.cos(angle), np.sin(angle)], np.float32)
             start = base + np.array([0.13 * finger * -side, 0.1 * finger], np.float32)
-            points = self.camera.pixels(np.stack([start - along * 0.5, start + along * (0.6 - 0.07 * abs(finger - 1.5))]))
+            tip = start + along * (0.6 - 0.07 * abs(finger - 1.5))
+            points = self.camera.pixels(np.stack([start - along * 0.5, tip]))
             _line(canvas, points, skin * 0.75, 0.19 * self.unit)
             _line(canvas, points, skin, 0.155 * self.unit)
 
@@ -615,12 +630,13 @@ class _Face:
             tip = np.array([np.cos(view.motion[1]), np.sin(view.motion[1])]) * reach / 2
             a, b = (tuple(int(i) for i in np.rint(reach + s * tip)) for s in (-1, 1))
             cv2.line(kernel, a, b, 1.0, 1)
-            canvas = cv2.filter2D(canvas, -1, kernel / kernel.sum())
+            canvas = np.asarray(cv2.filter2D(canvas, -1, kernel / kernel.sum()), np.uint8)
         if view.blur * size > 0.25:
-            canvas = cv2.GaussianBlur(canvas, (0, 0), view.blur * size)
-        grey = canvas @ np.array([0.299, 0.587, 0.114], np.float32)
-        picture = grey[..., None] + (canvas - grey[..., None]) * np.float32(view.saturation)
-        picture = 255 * (np.clip(picture, 0, 255) * np.float32(1 / 255)) ** np.float32(view.gamma)
+            canvas = _blur(canvas, view.blur * size)
+        curve = (255 * (np.arange(256) / 255) ** view.gamma).astype(np.float32)
+        toned = curve[canvas]
+        grey = cv2.cvtColor(toned, cv2.COLOR_RGB2GRAY)[..., None]
+        picture = grey + (toned - grey) * np.float32(view.saturation)
         picture += self.rng.standard_normal(picture.shape, dtype=np.float32) * np.float32(view.noise)
         return np.clip(np.rint(picture), 0, 255).astype(np.uint8)
 

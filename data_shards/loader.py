@@ -115,7 +115,7 @@ class Loader:
                 found += 1
         if not found:
             raise error
-        self._again = deque(self._with_replacements(draws) for draws in self._fed)
+        self._again = deque(self._with_replacements(draws) for draws in (*self._fed, *self._again))
         self._fed.clear()
         self._decoder = self._make_decoder()
 

@@ -5,9 +5,10 @@ One epoch of P x K batches, for identities with n_i >= 2 images each:
 - An identity's images are shuffled and cut into groups of K; its last group is topped up with its own images. So every image
   is drawn at least once, and at most K - 1 of an identity's images twice (more only where n_i < K).
 - A batch holds one group of each of P *different* identities.
-- The epoch has T steps. T is the smallest number for which P * T slots hold all groups, and at most P / 2 identities have more
-  than T groups: that minimises groups left out plus groups repeated. Slots that remain are filled with one further group of
-  identities drawn anew each epoch; an identity with more than T groups shows T of them, other images in every epoch.
+- The epoch has T steps. T is the smallest number for which P * T slots hold all groups, T of an identity at most, and at
+  most P / 2 identities have more than T groups: that minimises groups left out plus groups repeated. Slots that remain are
+  filled with one further group of identities drawn anew each epoch (in rounds, where all have had one); an identity with
+  more than T groups shows T of them, other images in every epoch.
 - Identities with one image have no positive and are left out.
 """
 
@@ -51,7 +52,7 @@ class Draws(NamedTuple):
     samples: Ints
     """Sample ids (rows of the split's index), shape (b,)."""
     visits: Ints
-    """How often this epoch had drawn the sample before, shape (b,): 0 but for top-ups."""
+    """Number, from 0, of this draw among this epoch's draws of the sample, shape (b,): 0 but for top-ups."""
 
 
 class PlanSummary(NamedTuple):

@@ -1,9 +1,9 @@
-"""Synthetic identities: faces drawn by the program, in the folder layout of VGGFace2, so that everything runs without downloads."""
+"""Synthetic identities: faces drawn by the program in the layout of VGGFace2; everything runs without a download."""
 
 import multiprocessing
 import os
 import shutil
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from functools import partial
 from pathlib import Path
@@ -16,9 +16,13 @@ from data_shards.progress import progress
 
 _IDENTITY, _VIEW = 1, 2  # SeedSequence pads with zeros, so the two kinds of draw are told apart by a leading word
 
-_SKINS = np.array([(246, 214, 196), (233, 190, 162), (208, 160, 122), (166, 116, 82), (118, 78, 56), (82, 54, 42)], float)
+_SKINS = np.array(
+    [(246, 214, 196), (233, 190, 162), (208, 160, 122), (166, 116, 82), (118, 78, 56), (82, 54, 42)], float
+)
 _DARK_HAIR = np.array([(18, 15, 16), (38, 26, 22), (66, 42, 28), (94, 60, 38)], float)
-_LIGHT_HAIR = np.array([(142, 92, 52), (160, 70, 34), (204, 158, 92), (232, 204, 150), (150, 148, 146), (222, 220, 216)], float)
+_LIGHT_HAIR = np.array(
+    [(142, 92, 52), (160, 70, 34), (204, 158, 92), (232, 204, 150), (150, 148, 146), (222, 220, 216)], float
+)
 _IRISES = np.array([(58, 34, 20), (96, 60, 30), (128, 104, 50), (84, 118, 74), (74, 112, 158), (132, 152, 168)], float)
 
 
@@ -44,13 +48,15 @@ def draw_identity(seed: int, identity: int) -> Identity:
 
     tone = rng.uniform(0, len(_SKINS) - 1.001)
     low = int(tone)
-    skin = _SKINS[low] + (_SKINS[low + 1] - _SKINS[low]) * (tone - low) + rng.normal(0, 8, 3)
+    skin = (_SKINS[low] + (_SKINS[low + 1] - _SKINS[low]) * (tone - low)) * (1 + rng.normal(0, 0.045, 3))
     palette = _LIGHT_HAIR if rng.random() < 0.75 - 0.1 * tone else _DARK_HAIR
-    hair = palette[rng.integers(len(palette))] * u(0.75, 1.2) + rng.normal(0, 8, 3)
+    hair = palette[rng.integers(len(palette))] * u(0.75, 1.2) * (1 + rng.normal(0, 0.07, 3))
     brow_colour = hair * u(0.5, 0.95) if hair.mean() > 60 else hair * u(0.8, 1.2)
     female = rng.random() < 0.5
     painted = female and rng.random() < 0.5
-    lips = np.array([u(130, 215), u(20, 70), u(35, 110)]) if painted else skin * np.array([u(0.82, 1), u(0.5, 0.74), u(0.52, 0.78)])
+    lips = skin * np.array([u(0.82, 1), u(0.5, 0.74), u(0.52, 0.78)])
+    if painted:
+        lips = np.array([u(130, 215), u(20, 70), u(35, 110)])
     bald = not female and rng.random() < 0.2
     long = rng.random() < (0.75 if female else 0.12)
     fringe = rng.random() < 0.3
@@ -103,7 +109,7 @@ def draw_identity(seed: int, identity: int) -> Identity:
 
 
 def draw_view(seed: int, identity: int, image: int) -> View:
-    """What image number `image` (from 1) of person `identity` varies. Pure, and independent of what the person looks like."""
+    """What image number `image` (from 1) of person `identity` varies. Pure; it does not look at the person."""
     rng = _generator(_VIEW, seed, identity, image)
 
     def n(deviation: float, limit: float) -> float:
@@ -185,7 +191,7 @@ def synthesize(
 ) -> int:
     """Writes synthetic identities as `out/n000001/0001_01.jpg`, the layout of VGGFace2.
 
-    Every file depends on (seed, identity, image, size) alone: more identities, images or workers keep the others as they are.
+    Every file depends on (seed, identity, image, size) alone: more of each, or of workers, keep the others.
     The folder appears under its name when it is complete; an interrupted run leaves none.
 
     Args:
@@ -216,7 +222,8 @@ def synthesize(
     aside = out.with_name(f"{out.name}.partial-{os.getpid()}")
     aside.mkdir()
     try:
-        written = _write_all(partial(_write_identity, aside, seed, images_per_identity, size), identities, images_per_identity, workers)
+        write = partial(_write_identity, aside, seed, images_per_identity, size)
+        written = _write_all(write, identities, images_per_identity, workers)
         os.replace(aside, out)
     except BaseException:
         shutil.rmtree(aside, ignore_errors=True)
@@ -230,8 +237,7 @@ def _write_all(write: Callable[[int], int], identities: int, images_per_identity
     written = 0
     with progress("synthesize", identities * images_per_identity) as advance:
         if workers == 1:
-            results: Iterable[int] = map(write, numbers)
-            for done in results:
+            for done in map(write, numbers):
                 written += done
                 advance(done)
             return written

@@ -104,7 +104,7 @@ def save(folder: Path, step: int, model: nn.Module, optimizer: Any, *, engine: A
             shutil.rmtree(final)
         aside.rename(final)
         _write_atomically(folder / _LATEST, final.name)
-        for old in sorted(folder.glob("step-*"))[:-keep]:
+        for old in sorted(path for path in folder.glob("step-*") if path.name <= final.name)[:-keep]:
             shutil.rmtree(old)
     barrier()
     return Checkpoint(final, step)
@@ -122,13 +122,14 @@ def latest(folder: Path) -> Checkpoint:
     found = folder / pointer.read_text().strip()
     try:
         state = json.loads((found / _STATE).read_text())
-    except (OSError, ValueError) as error:
-        raise ValueError(f"checkpoint {found} cannot be read: {error}") from None
-    for name, expected in state["sha256"].items():
+        step, digests = int(state["step"]), dict(state["sha256"])
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise ValueError(f"checkpoint {found} cannot be read: {_STATE}: {type(error).__name__} {error}") from None
+    for name, expected in digests.items():
         path = found / name
         if not path.is_file() or _sha256(path) != expected:
             raise ValueError(f"checkpoint {found}: {name} is missing or damaged (its SHA-256 differs from {_STATE})")
-    return Checkpoint(found, state["step"])
+    return Checkpoint(found, step)
 
 
 def _contiguous(state: dict[str, Tensor]) -> dict[str, Tensor]:

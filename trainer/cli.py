@@ -2,6 +2,7 @@
 
 import argparse
 import os
+import re
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -274,7 +275,7 @@ def _device(name: str) -> str:
     available = torch.cuda.is_available()
     if name == "auto":
         return "cuda:0" if available else "cpu"
-    if name != "cpu" and not name.removeprefix("cuda").lstrip(":").isdigit() and name != "cuda":
+    if not re.fullmatch(r"cpu|cuda(:\d+)?", name):
         raise ValueError(f"--device is {name!r}; allowed are auto, cpu, cuda and cuda:N")
     if name.startswith("cuda") and not available:
         raise ValueError(f"--device is {name}, but PyTorch sees no GPU here; use cpu")

@@ -3,6 +3,8 @@
 import contextlib
 import dataclasses
 import io
+import itertools
+import math
 import sys
 import types
 import typing
@@ -31,6 +33,8 @@ class ModelConfig:
     """torchvision's network up to its pooling."""
     embedding_size: int = 128
     """d: dimensions of the embedding."""
+    head_batchnorm: bool = True
+    """Batch-normalise the embedding before its L2 norm, as face networks do: a batch then cannot collapse to one point."""
     weights: Path | None = None
     """Local file with torchvision's ImageNet weights for the trunk (.pth or .safetensors); None starts at random."""
     sync_batchnorm: bool = False
@@ -78,10 +82,11 @@ class OptimizerConfig:
     """SGD's momentum, or AdamW's first beta, in [0, 1)."""
 
     def __post_init__(self) -> None:
-        if self.learning_rate <= 0:
-            raise ValueError(f"optimizer.learning_rate is {self.learning_rate}; it must be above 0")
-        if self.warmup_steps < 0 or self.weight_decay < 0:
-            raise ValueError("optimizer.warmup_steps and optimizer.weight_decay must be at least 0")
+        if not 0 < self.learning_rate < math.inf:
+            raise ValueError(f"optimizer.learning_rate is {self.learning_rate}; it must be above 0 and finite")
+        for name in ("warmup_steps", "weight_decay"):
+            if not 0 <= getattr(self, name) < math.inf:
+                raise ValueError(f"optimizer.{name} is {getattr(self, name)}; it must be at least 0 and finite")
         if not 0 <= self.momentum < 1:
             raise ValueError(f"optimizer.momentum is {self.momentum}; allowed is [0, 1)")
 
@@ -121,6 +126,8 @@ class RunConfig:
                 raise ValueError(f"run.{name} is {getattr(self, name)}; it must be at least 1")
         if self.steps is not None and self.steps < 1:
             raise ValueError(f"run.steps is {self.steps}; it must be at least 1, or None")
+        if not 0 <= self.seed < 2**32:
+            raise ValueError(f"run.seed is {self.seed}; allowed is 0 to {2**32 - 1}")
         if self.evaluate_every < 0:
             raise ValueError(f"run.evaluate_every is {self.evaluate_every}; it must be at least 0")
 
@@ -148,7 +155,7 @@ def parse(args: Sequence[str], prog: str = "python -m trainer.train") -> TrainCo
     Raises:
         UsageError: one line that names the setting, what was found and what is allowed.
     """
-    args = list(args)
+    args = [part for arg in args for part in (arg.split("=", 1) if arg.startswith("--config=") else (arg,))]
     default = TrainConfig()
     if "--config" in args:
         at = args.index("--config")
@@ -174,14 +181,11 @@ def _parse_overrides(args: list[str], default: TrainConfig, prog: str) -> TrainC
 
 
 def _first_paragraph(box: str) -> str:
-    """tyro's message without the frame that it is drawn in and without what follows its first paragraph."""
-    lines = [line.strip("│ \n") for line in box.splitlines() if line.startswith("│")]
-    words: list[str] = []
-    for line in lines:
-        if not line or line.startswith("─"):
-            break
-        words.append(line)
-    return " ".join(words) or box.strip()
+    """tyro's message without its frame, which is of ASCII where stdout is not UTF-8, and without what follows it."""
+    lines = [line.strip("│ ") for line in box.splitlines()]
+    top = next((number for number, line in enumerate(lines) if line.startswith(("╭─", "---"))), -1)
+    inside = itertools.takewhile(lambda line: line and not line.startswith(("─", "╰─", "---")), lines[top + 1 :])
+    return " ".join(inside)
 
 
 def load(path: Path) -> TrainConfig:
@@ -194,7 +198,7 @@ def load(path: Path) -> TrainConfig:
         raise UsageError(f"config file {path} does not exist")
     try:
         found = yaml.safe_load(path.read_text())
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
+    except (yaml.YAMLError, ValueError, RecursionError) as error:
         raise UsageError(f"config file {path} is not YAML: {' '.join(str(error).split())}") from None
     try:
         return _build(TrainConfig, {} if found is None else found, "")
@@ -243,9 +247,11 @@ def _convert(kind: Any, value: Any, where: str) -> Any:
     if kind is Path and isinstance(value, str):
         return Path(value)
     if kind is float and isinstance(value, int | float | str) and not isinstance(value, bool):
-        with contextlib.suppress(ValueError):
+        with contextlib.suppress(ValueError, OverflowError):
             return float(value)  # YAML reads 1e-3 as a string
     if kind in (int, bool) and type(value) is kind:
         return value
     allowed = " or ".join(map(str, members)) if origin is Literal else getattr(kind, "__name__", str(kind))
+    if origin is tuple:
+        allowed = f"a list of {len(members)} numbers"
     raise ValueError(f"{where} is {value!r}; allowed is {allowed}")

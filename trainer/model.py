@@ -1,11 +1,10 @@
-"""Trunk -> pooling -> linear -> unit-norm embedding."""
+"""Trunk -> pooling -> linear -> (batch norm) -> unit-norm embedding."""
 
 from pathlib import Path
-from pickle import UnpicklingError as _UnpicklingError
+from pickle import UnpicklingError
 
 import torch
 import torchvision
-from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.nn.functional import normalize
@@ -39,13 +38,15 @@ class Embedder(nn.Module):
             _load_trunk(trunk, config)
         self.trunk = trunk
         self.head = nn.Linear(width, config.embedding_size)
+        size = config.embedding_size
+        self.head_norm = nn.BatchNorm1d(size, affine=False) if config.head_batchnorm else nn.Identity()
         self.register_buffer("mean", torch.tensor(_MEAN).view(3, 1, 1), persistent=False)
         self.register_buffer("std", torch.tensor(_STD).view(3, 1, 1), persistent=False)
 
     def forward(self, images: Tensor) -> Tensor:
         """uint8 in [0, 255], shape (b, 3, H, W) -> unit-norm embeddings, float32 or wider, shape (b, d)."""
         pixels = (images.to(self.mean.dtype) / 255 - self.mean) / self.std  # (b, 3, H, W)
-        points = self.head(self.trunk(pixels))  # (b, d)
+        points = self.head_norm(self.head(self.trunk(pixels)))  # (b, d)
         return normalize(points.to(self.mean.dtype))
 
 
@@ -74,9 +75,15 @@ def read_state(path: Path, setting: str) -> dict[str, Tensor]:
         if path.suffix == ".safetensors":
             return load_file(path)
         state = torch.load(path, map_location="cpu", weights_only=True)
-    except (SafetensorError, RuntimeError, EOFError, OSError, ValueError, _UnpicklingError) as error:
-        raise ValueError(f"{setting} {path} cannot be read: {str(error).splitlines()[0]}") from None
-    if not isinstance(state, dict) or not all(isinstance(value, Tensor) for value in state.values()):
+    except UnpicklingError:
+        raise ValueError(
+            f"{setting} {path} cannot be read: it holds objects, which could run code, not tensors alone"
+        ) from None
+    except Exception as error:  # a file of something else makes torch's unpickler raise almost anything
+        found = f"{type(error).__name__} {error}".splitlines()[0]
+        raise ValueError(f"{setting} {path} cannot be read: {found}") from None
+    named = isinstance(state, dict) and all(isinstance(name, str) for name in state)
+    if not named or not all(isinstance(value, Tensor) for value in state.values()):
         raise ValueError(f"{setting} {path} is not a state dict: a file of named tensors is needed")
     return state
 

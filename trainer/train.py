@@ -141,7 +141,10 @@ def _prepare(
     if not deepspeed:  # its broadcast wants contiguous parameters; the images are channels-last all the same
         module = module.to(memory_format=torch.channels_last)
     else:
-        accelerator.state.deepspeed_plugin.deepspeed_config["train_micro_batch_size_per_gpu"] = batch_size
+        settings = accelerator.state.deepspeed_plugin.deepspeed_config
+        settings["train_micro_batch_size_per_gpu"] = batch_size
+        if settings.get("gradient_clipping", "auto") == "auto":  # accelerate would silently clip to norm 1, unlike DDP
+            settings["gradient_clipping"] = 0.0
     model, optimizer = accelerator.prepare(module, make_optimizer(module, config.optimizer))
     return model, optimizer, model if deepspeed else None
 
@@ -175,7 +178,8 @@ def make_accelerator(config: RunConfig) -> Accelerator:
     deepspeed = os.environ.get("ACCELERATE_USE_DEEPSPEED", "false").lower() == "true"
     handlers: list[KwargsHandler] = [DistributedDataParallelKwargs(gradient_as_bucket_view=True)]
     if cpu:
-        handlers.append(InitProcessGroupKwargs(backend="gloo"))
+        if "LOCAL_RANK" in os.environ:  # without a launcher accelerate makes no group, and fails where a backend is named
+            handlers.append(InitProcessGroupKwargs(backend="gloo"))
         local_ranks = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
         torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // local_ranks))
     accelerator = Accelerator(

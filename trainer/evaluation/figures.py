@@ -85,7 +85,7 @@ def accuracy_figure(log: Sequence[Line], evaluations: Sequence[Line], rows: Sequ
                 (handles[label],) = axes.plot(end, 100 * value, markeredgecolor="white", clip_on=False, **style)
         axes.set_title(title, fontsize=11)
     panels[0, 0].set_xlim(0, end * 1.03)
-    panels[0, 0].set_ylim(max(0, panels[0, 0].get_ylim()[0]), 101)
+    panels[0, 0].set_ylim(max(0, 10 * np.floor(panels[0, 0].get_ylim()[0] / 10)), 101)
     for axes in panels[:, 0]:
         axes.set_ylabel("accuracy (%)")
     for axes in panels[-1]:

@@ -1,0 +1,110 @@
+"""Whole training runs under the real launcher: DDP and DeepSpeed, two gloo processes, saved and resumed."""
+
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from data_shards.convert import ConvertConfig, convert
+from data_shards.synthetic import synthesize
+from tests.distributed.launching import CPU, DEEPSPEED, launch, log, rewind
+
+STEPS = 20
+
+
+@pytest.fixture(scope="module")
+def shards(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("synthetic")
+    synthesize(folder / "pictures", identities=16, images_per_identity=6, size=48, seed=5)
+    convert(folder / "pictures", folder / "shards", ConvertConfig(holdout_identities=6, images_per_group=2))
+    return folder / "shards"
+
+
+def _options(shards: Path, run: Path) -> list[object]:
+    """SGD, for AdamW's first steps turn rounding into whole steps; fp32."""
+    fixed = (
+        "--data.image-size 64 --plan.identities-per-batch 10 --plan.images-per-identity 4 --model.trunk resnet18 "
+        "--model.embedding-size 32 --optimizer.kind sgd --optimizer.learning-rate 0.005 --optimizer.warmup-steps 2 --optimizer.momentum 0.5 "
+        f"--run.precision fp32 --run.steps {STEPS} --run.log-every 1 --run.checkpoint-every 10 --run.evaluate-every 10"
+    )
+    return [*fixed.split(), "--data.shards", shards, "--run.folder", run]
+
+
+def _weights(run: Path, step: int = STEPS) -> dict[str, torch.Tensor]:
+    return load_file(run / "checkpoints" / f"step-{step:08d}" / "model.safetensors")
+
+
+@pytest.fixture(scope="module")
+def ddp(shards, tmp_path_factory) -> Path:
+    run = tmp_path_factory.mktemp("ddp") / "run"
+    launch(CPU, 2, *_options(shards, run))
+    return run
+
+
+@pytest.fixture(scope="module")
+def deepspeed(shards, tmp_path_factory) -> Path:
+    run = tmp_path_factory.mktemp("deepspeed") / "run"
+    launch(DEEPSPEED, 2, *_options(shards, run))
+    return run
+
+
+def test_run_folder(ddp):
+    names = {path.name for path in ddp.iterdir()}
+    assert names == {"config.yaml", "log.jsonl", "evaluations.jsonl", "checkpoints", "tensorboard"}
+    assert list((ddp / "tensorboard").rglob("events.out.tfevents.*"))
+    lines = log(ddp)
+    assert [line["step"] for line in lines] == list(range(1, STEPS + 1))
+    wanted = "loss active_fraction d_ap d_an images_per_s data_wait_percent learning_rate epoch images_seen"
+    assert all(set(wanted.split()) < set(line) for line in lines)
+    assert [line["images_seen"] for line in lines] == [40 * step for step in range(1, STEPS + 1)]
+    assert [line["step"] for line in log(ddp, "evaluations.jsonl")] == [10, 20]
+
+
+def test_it_learns(ddp):
+    losses = [line["loss"] for line in log(ddp)]
+    assert sum(losses[-5:]) < 0.97 * sum(losses[:5])
+
+
+def _resumed(run: Path, copy: Path, shards: Path, config_file: str, processes: int) -> Path:
+    """A copy of a run, gone on with from its checkpoint at step 10."""
+    shutil.copytree(run, copy)
+    rewind(copy, 10)
+    launch(config_file, processes, *_options(shards, copy), "--run.resume")
+    return copy
+
+
+def test_resumed_on_two_ranks_ends_bit_identical(ddp, shards, tmp_path):
+    resumed = _resumed(ddp, tmp_path / "run", shards, CPU, 2)
+    before, after = _weights(ddp), _weights(resumed)
+    assert all(torch.equal(before[name], after[name]) for name in before)
+    assert [line["loss"] for line in log(resumed)] == [line["loss"] for line in log(ddp)]
+
+
+def test_resumed_on_one_rank_takes_the_same_batches(ddp, shards, tmp_path):
+    lines, resumed = log(ddp), log(_resumed(ddp, tmp_path / "run", shards, CPU, 1))
+    assert [line["step"] for line in resumed] == list(range(1, STEPS + 1))
+    # BatchNorm sees 40 pictures where each of two ranks saw 20, so the losses are close, not equal
+    for ours, theirs in zip(resumed[10:], lines[10:], strict=True):
+        assert ours["loss"] == pytest.approx(theirs["loss"], rel=0.1)
+
+
+def test_deepspeed_follows_ddp(ddp, deepspeed):
+    ours, theirs = log(deepspeed), log(ddp)
+    assert len(ours) == STEPS
+    assert max(abs(a["d_ap"] / ours[0]["d_ap"] - 1) for a in ours) > 0.05, "it must have moved for this to mean anything"
+    for a, b in zip(ours, theirs, strict=True):
+        for name in ("loss", "d_ap", "d_an"):
+            assert a[name] == pytest.approx(b[name], rel=1e-4), (a["step"], name)
+
+
+def test_deepspeed_saves_and_loads(deepspeed, shards, tmp_path):
+    folder = deepspeed / "checkpoints" / "step-00000020" / "deepspeed"
+    parts = sorted(path.name for path in folder.glob("*optim_states.pt"))
+    assert len(parts) == 2, "ZeRO-1 keeps one part of the optimiser state a rank"
+    resumed = _resumed(deepspeed, tmp_path / "run", shards, DEEPSPEED, 2)
+    ours, theirs = ([line["loss"] for line in log(run)] for run in (resumed, deepspeed))
+    assert ours == pytest.approx(theirs, rel=1e-6)
+    before, after = _weights(deepspeed), _weights(resumed)
+    assert all(torch.allclose(before[name], after[name], rtol=1e-5, atol=1e-7) for name in before)

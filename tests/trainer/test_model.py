@@ -1,0 +1,203 @@
+"""The network: unit norm, normalisation inside, weights read from local files and nothing run out of them."""
+
+import math
+import os
+import pickle
+from pathlib import Path
+
+import pytest
+import torch
+import torchvision
+from safetensors.torch import save_file
+from torch import nn
+
+from trainer.config import ModelConfig
+from trainer.model import Embedder, parameter_groups, read_state
+
+
+def noise(count: int, size: int = 32) -> torch.Tensor:
+    return torch.randint(0, 256, (count, 3, size, size), generator=torch.Generator().manual_seed(0), dtype=torch.uint8)
+
+
+@pytest.fixture(scope="module")
+def resnet18() -> dict[str, torch.Tensor]:
+    """A state dict of torchvision's resnet18 whose weights are no other's."""
+    torch.manual_seed(77)
+    return torchvision.models.resnet18(weights=None).state_dict()
+
+
+def refusal(config: ModelConfig) -> str:
+    with pytest.raises(ValueError, match=r".") as refused:
+        Embedder(config)
+    assert "\n" not in str(refused.value)
+    return str(refused.value)
+
+
+@pytest.mark.parametrize(("trunk", "width"), [("resnet18", 512), ("resnet50", 2048)])
+def test_embeddings_are_unit_vectors(trunk, width):
+    model = Embedder(ModelConfig(trunk=trunk, embedding_size=24)).eval()
+    assert model.head.weight.shape == (24, width)
+    with torch.inference_mode():
+        points = model(noise(3))
+    assert points.shape == (3, 24)
+    assert points.dtype == torch.float32
+    assert points.norm(dim=1).tolist() == pytest.approx([1, 1, 1], abs=1e-6)
+    assert not torch.allclose(points[0], points[1], atol=1e-4)
+
+
+class Spy(nn.Module):
+    """Stands in for the trunk and keeps what it is given."""
+
+    def forward(self, pixels: torch.Tensor) -> torch.Tensor:
+        self.pixels = pixels
+        return pixels.mean((2, 3)).repeat(1, 171)[:, :512]
+
+
+def spied(dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
+    """What the trunk and the caller get of a picture of the constant colour (0, 128, 255)."""
+    model = Embedder(ModelConfig(trunk="resnet18", embedding_size=4)).to(dtype).eval()
+    model.trunk = Spy()
+    picture = torch.tensor([0, 128, 255], dtype=torch.uint8).view(1, 3, 1, 1).expand(1, 3, 2, 5)
+    return model(picture), model.trunk.pixels
+
+
+def test_pictures_are_normalised_with_imagenets_constants():
+    """By hand: (0 - 0.485) / 0.229, (128 / 255 - 0.456) / 0.224, (1 - 0.406) / 0.225."""
+    points, pixels = spied(torch.float64)
+    assert pixels.shape == (1, 3, 2, 5)
+    expected = torch.tensor([-2.1179039301, 0.2051820728, 2.6400000000], dtype=torch.float64)
+    torch.testing.assert_close(pixels, expected.view(1, 3, 1, 1).expand(1, 3, 2, 5), rtol=0, atol=2e-7)
+    assert points.dtype == pixels.dtype == torch.float64
+
+
+def test_double_makes_the_whole_network_double():
+    model = Embedder(ModelConfig(trunk="resnet18", embedding_size=4)).double().eval()
+    points = model(noise(2))
+    assert points.dtype == torch.float64
+    assert points.norm(dim=1).tolist() == pytest.approx([1, 1], abs=1e-15)
+
+
+def test_under_bf16_the_embedding_is_normalised_in_float32():
+    model = Embedder(ModelConfig(trunk="resnet18", embedding_size=64)).eval()
+    with torch.autocast("cpu", torch.bfloat16), torch.inference_mode():
+        points = model(noise(2))
+    assert points.dtype == torch.float32
+    assert points.norm(dim=1).tolist() == pytest.approx([1, 1], abs=1e-6)
+
+
+def test_constants_are_no_part_of_a_checkpoint():
+    names = Embedder(ModelConfig(trunk="resnet18")).state_dict().keys()
+    assert {name.split(".")[0] for name in names} - {"head_norm"} == {"trunk", "head"}
+
+
+def test_batch_norm_of_the_head_standardises_each_dimension_over_the_batch():
+    torch.manual_seed(0)
+    model = Embedder(ModelConfig(trunk="resnet18", embedding_size=4, head_batchnorm=True)).double()
+    points = []
+    model.head.register_forward_hook(lambda module, given, found: points.append(found.detach()))
+    found = model(noise(6)).detach()
+    centred = points[0] - points[0].mean(0)
+    standard = centred / (centred.square().mean(0) + 1e-5).sqrt()
+    torch.testing.assert_close(found, standard / standard.norm(dim=1, keepdim=True), rtol=0, atol=1e-12)
+
+
+def test_without_batch_norm_of_the_head_a_picture_is_embedded_alone():
+    model = Embedder(ModelConfig(trunk="resnet18", embedding_size=4, head_batchnorm=False)).double()
+    model.trunk.eval()  # the head is still in training mode
+    torch.testing.assert_close(model(noise(3))[:1], model(noise(1)), rtol=0, atol=1e-12)
+
+
+@pytest.mark.parametrize("suffix", [".pth", ".safetensors"])
+def test_weights_from_a_file(tmp_path, resnet18, suffix):
+    path = tmp_path / f"weights{suffix}"
+    torch.save(resnet18, path) if suffix == ".pth" else save_file(resnet18, path)
+    own = Embedder(ModelConfig(trunk="resnet18", weights=path)).trunk.state_dict()
+    assert own.keys() == {name for name in resnet18 if not name.startswith("fc.")}
+    assert all(torch.equal(own[name], resnet18[name]) for name in own)
+
+
+@pytest.mark.parametrize("trunk", ["resnet34", "resnet50"])
+def test_weights_of_another_architecture_are_refused(tmp_path, resnet18, trunk):
+    path = tmp_path / "weights.pth"
+    torch.save(resnet18, path)
+    message = refusal(ModelConfig(trunk=trunk, weights=path))
+    assert message == f"model.weights {path} is not a state dict of torchvision's {trunk}"
+
+
+def test_weights_that_are_missing_are_refused(tmp_path):
+    message = refusal(ModelConfig(trunk="resnet18", weights=tmp_path / "none.pth"))
+    assert message.startswith(f"model.weights {tmp_path}/none.pth does not exist")
+
+
+@pytest.mark.parametrize("name", ["w.pth", "w.safetensors"])
+@pytest.mark.parametrize("content", [b"", b"\x00" * 100, b"PK\x03\x04broken", b"hello\n"])
+def test_files_of_something_else_are_refused(tmp_path, name, content):
+    (tmp_path / name).write_bytes(content)
+    message = refusal(ModelConfig(trunk="resnet18", weights=tmp_path / name))
+    assert message.startswith(f"model.weights {tmp_path / name} cannot be read: ")
+
+
+def test_a_file_cut_short_is_refused(tmp_path, resnet18):
+    path = tmp_path / "weights.pth"
+    torch.save(resnet18, path)
+    path.write_bytes(path.read_bytes()[:-1000])
+    assert refusal(ModelConfig(trunk="resnet18", weights=path)).startswith(f"model.weights {path} cannot be read: ")
+
+
+@pytest.mark.parametrize(
+    "content", [torch.zeros(3), [torch.zeros(3)], {"state": {"a": torch.zeros(3)}}, {1: torch.zeros(3)}]
+)
+def test_tensors_without_names_are_refused(tmp_path, content):
+    torch.save(content, tmp_path / "w.pth")
+    message = refusal(ModelConfig(trunk="resnet18", weights=tmp_path / "w.pth"))
+    assert message == f"model.weights {tmp_path}/w.pth is not a state dict: a file of named tensors is needed"
+
+
+class RunsCode:
+    """Makes a folder when it is unpickled."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def __reduce__(self):
+        return os.mkdir, (str(self.path),)
+
+
+@pytest.mark.parametrize("how", ["torch.save", "pickle", "inside a state dict", "named safetensors"])
+def test_a_pickle_that_would_run_code_is_refused_and_not_run(tmp_path, resnet18, how):
+    path, made = tmp_path / "weights.pth", tmp_path / "made"
+    if how == "torch.save":
+        torch.save(RunsCode(made), path)
+    elif how == "inside a state dict":
+        torch.save(resnet18 | {"conv1.weight": RunsCode(made)}, path)
+    else:
+        path = path.with_suffix(".safetensors") if how == "named safetensors" else path
+        path.write_bytes(pickle.dumps(RunsCode(made), protocol=2))  # the one that torch's reader knows
+    message = refusal(ModelConfig(trunk="resnet18", weights=path))
+    assert message.startswith(f"model.weights {path} cannot be read: ")
+    assert how == "named safetensors" or message.endswith("it holds objects, which could run code, not tensors alone")
+    assert not made.exists()
+
+
+def test_that_pickle_does_run_code_if_it_is_let(tmp_path):
+    pickle.loads(pickle.dumps(RunsCode(tmp_path / "made")))
+    assert (tmp_path / "made").is_dir()
+
+
+def test_read_state_names_the_setting_it_reads_for(tmp_path):
+    with pytest.raises(ValueError, match=rf"^checkpoint {tmp_path}/x\.pth does not exist"):
+        read_state(tmp_path / "x.pth", "checkpoint")
+
+
+def test_parameter_groups_hold_every_parameter_once():
+    model = Embedder(ModelConfig(trunk="resnet18", embedding_size=8))
+    decayed, others = parameter_groups(model, 0.3)
+    assert (decayed["weight_decay"], others["weight_decay"]) == (0.3, 0.0)
+    names = {id(parameter): name for name, parameter in model.named_parameters()}
+    in_decayed, in_others = ([names[id(p)] for p in group["params"]] for group in (decayed, others))
+    assert sorted(in_decayed + in_others) == sorted(names.values())
+    norms = {name for name, module in model.named_modules() if isinstance(module, nn.BatchNorm2d)}
+    assert norms
+    assert set(in_others) == {f"{norm}.{kind}" for norm in norms for kind in ("weight", "bias")} | {"head.bias"}
+    kernels = [module for module in model.modules() if isinstance(module, nn.Conv2d | nn.Linear)]
+    assert sum(p.numel() for p in decayed["params"]) == sum(math.prod(module.weight.shape) for module in kernels)

@@ -1,0 +1,190 @@
+import json
+
+import pytest
+import torch
+
+from trainer import telemetry
+from trainer.metric.mining import Triplets
+from trainer.telemetry import Telemetry, truncate
+from trainer.train_step import StepStats
+
+
+class Clock:
+    """Stands in for `time`; goes when it is told to."""
+
+    now = 100.0
+
+    def perf_counter(self) -> float:
+        return self.now
+
+
+@pytest.fixture
+def clock(monkeypatch):
+    clock = Clock()
+    monkeypatch.setattr(telemetry, "time", clock)
+    return clock
+
+
+def stats(loss: float, active: int, positive: list[float], negative: list[float], valid: list[bool]) -> StepStats:
+    triplets = Triplets(torch.tensor(positive, requires_grad=True), torch.tensor(negative), torch.tensor(valid))
+    return StepStats(torch.tensor(loss), torch.tensor(active), triplets)
+
+
+FIRST = stats(0.75, 2, [0.5, 0.25, 9.0], [1.0, 0.5, 9.0], [True, True, False])
+SECOND = stats(0.25, 1, [1.0, 0.75, 0.5], [1.5, 0.25, 0.25], [True, True, True])
+EASY = stats(0.0, 0, [9.0, 9.0], [9.0, 9.0], [False, False])
+
+
+@pytest.fixture
+def tracked():
+    return []
+
+
+@pytest.fixture
+def report(tmp_path, clock, tracked):
+    return Telemetry(tmp_path, 24, lambda values, step: tracked.append((values, step)), torch.device("cpu"))
+
+
+def lines(folder, name="log.jsonl"):
+    return [json.loads(line) for line in (folder / name).read_text().splitlines()]
+
+
+def test_a_line_by_hand(tmp_path, report, clock):
+    """Two steps of 24 images in 8 s, of which 2 s waiting; 3 active of 5 valid anchors; the invalid one's 9 is not used."""
+    for step in (FIRST, SECOND):
+        with report.waiting():
+            clock.now += 1
+        report.add(step)
+        clock.now += 3
+    line = report.log(7, 0.123456, 0.01)
+    assert line == {
+        "step": 7,
+        "epoch": 0.1235,
+        "images_seen": 7 * 24,
+        "loss": pytest.approx((0.75 + 0.25) / 3),
+        "active_fraction": 3 / 5,
+        "d_ap": (0.5 + 0.25 + 1.0 + 0.75 + 0.5) / 5,
+        "d_an": (1.0 + 0.5 + 1.5 + 0.25 + 0.25) / 5,
+        "images_per_s": 2 * 24 / 8,
+        "data_wait_percent": 25.0,
+        "learning_rate": 0.01,
+    }
+    assert lines(tmp_path) == [line]
+
+
+def test_each_line_is_about_the_steps_since_the_last(tmp_path, report, clock):
+    with report.waiting():
+        clock.now += 10
+    report.add(FIRST)
+    report.log(1, 0.5, 0.1)
+    report.add(SECOND)
+    clock.now += 2
+    second = report.log(2, 1.0, 0.1)
+    assert (second["loss"], second["active_fraction"]) == (0.25, 1 / 3)
+    assert (second["images_per_s"], second["data_wait_percent"]) == (12, 0)
+    assert [line["step"] for line in lines(tmp_path)] == [1, 2]
+
+
+def test_what_is_paused_counts_neither_as_training_nor_as_waiting(report, clock):
+    report.add(FIRST)
+    clock.now += 4
+    with report.paused():
+        clock.now += 1000
+    line = report.log(1, 1, 0.1)
+    assert (line["images_per_s"], line["data_wait_percent"]) == (6, 0)
+
+
+def test_a_pause_behind_a_line_is_not_in_the_next(report, clock):
+    """As in the loop: log, then evaluate and save, then the next step."""
+    report.add(FIRST)
+    clock.now += 1
+    report.log(1, 1, 0.1)
+    with report.paused():
+        clock.now += 1000
+    with report.waiting():
+        clock.now += 1
+    clock.now += 3
+    report.add(FIRST)
+    line = report.log(2, 1, 0.1)
+    assert (line["images_per_s"], line["data_wait_percent"]) == (6, 25)
+
+
+def test_no_valid_anchor_and_none_active_divide_by_nothing(report, clock):
+    report.add(EASY)
+    clock.now += 1
+    line = report.log(1, 1, 0.1)
+    assert [line[name] for name in ("loss", "active_fraction", "d_ap", "d_an")] == [0, 0, 0, 0]
+
+
+def test_trackers_get_the_same_values_under_train_and_evaluation(report, clock, tracked):
+    report.add(FIRST)
+    clock.now += 1
+    line = report.log(3, 1, 0.1)
+    report.evaluation(3, {"rank1": 0.5, "knn": 0.25})
+    (trained, at), (evaluated, evaluated_at) = tracked
+    assert (at, evaluated_at) == (3, 3)
+    assert trained == {f"train/{name}": value for name, value in line.items() if name != "step"}
+    assert evaluated == {"evaluation/rank1": 0.5, "evaluation/knn": 0.25}
+
+
+def test_evaluations_are_written_with_the_images_seen(tmp_path, report):
+    report.evaluation(3, {"rank1": 0.5})
+    report.evaluation(5, {"rank1": 0.75})
+    assert lines(tmp_path, "evaluations.jsonl") == [
+        {"step": 3, "images_seen": 72, "rank1": 0.5},
+        {"step": 5, "images_seen": 120, "rank1": 0.75},
+    ]
+
+
+def test_other_ranks_write_nothing_but_compute_the_line(tmp_path, report, clock, monkeypatch):
+    monkeypatch.setattr(telemetry, "rank", lambda: 1)
+    report.add(FIRST)
+    clock.now += 1
+    assert report.log(1, 1, 0.1)["loss"] == 0.375
+    report.evaluation(1, {"rank1": 1.0})
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_counts_and_sums_are_those_of_all_ranks(report, clock, monkeypatch):
+    """Rates are taken from summed counts, not averaged over ranks: 2 of 2 here and 0 of 8 there are 20 %."""
+    there = torch.tensor([0.0, 0.0, 8.0, 8 * 0.125, 8 * 0.75], dtype=torch.float64)
+    monkeypatch.setattr(telemetry, "all_reduce_sum", lambda sums: sums + there)
+    report.add(FIRST)
+    clock.now += 1
+    line = report.log(1, 1, 0.1)
+    assert line["active_fraction"] == 0.2
+    assert line["loss"] == 0.375
+    assert (line["d_ap"], line["d_an"]) == ((0.75 + 1) / 10, (1.5 + 6) / 10)
+
+
+def test_many_steps_add_up_without_rounding(report, clock):
+    """In float32 a sum of 2**25 would not grow by 1 any more."""
+    report.add(stats(2.0**25, 1, [1.0], [1.0], [True]))
+    for _ in range(8):
+        report.add(stats(1.0, 1, [1.0], [1.0], [True]))
+    clock.now += 1
+    assert report.log(9, 1, 0.1)["loss"] == (2**25 + 8) / 9
+
+
+def write_log(folder, name, steps, tail=""):
+    (folder / name).write_text("".join(json.dumps({"step": step, "loss": 0.5}) + "\n" for step in steps) + tail)
+
+
+@pytest.mark.parametrize("tail", ["", '{"step": 4, "lo', "{", '{"loss": 1'])
+def test_truncate_drops_what_was_written_beyond_the_checkpoint(tmp_path, tail):
+    write_log(tmp_path, "log.jsonl", [1, 2, 3, 4], tail)
+    write_log(tmp_path, "evaluations.jsonl", [2, 4])
+    truncate(tmp_path, 2)
+    assert (tmp_path / "log.jsonl").read_text() == '{"step": 1, "loss": 0.5}\n{"step": 2, "loss": 0.5}\n'
+    assert (tmp_path / "evaluations.jsonl").read_text() == '{"step": 2, "loss": 0.5}\n'
+
+
+def test_truncate_drops_a_half_written_line_of_an_early_step_too(tmp_path):
+    write_log(tmp_path, "log.jsonl", [1], '{"step": 2, "loss"')
+    truncate(tmp_path, 5)
+    assert lines(tmp_path) == [{"step": 1, "loss": 0.5}]
+
+
+def test_truncate_without_logs_makes_none(tmp_path):
+    truncate(tmp_path, 5)
+    assert list(tmp_path.iterdir()) == []

@@ -1,0 +1,249 @@
+"""Training's parts that need no launcher: schedule, optimiser, run folder, exit codes."""
+
+import dataclasses
+import os
+
+import pytest
+import torch
+from torch import nn
+
+from tests.data_shards.collections_on_disk import every_file
+from trainer.config import (
+    LossConfig,
+    ModelConfig,
+    OptimizerConfig,
+    PlanConfig,
+    RunConfig,
+    TrainConfig,
+    save,
+)
+from trainer.train import (
+    check_folder,
+    learning_rate,
+    main,
+    make_accelerator,
+    make_folder,
+    make_optimizer,
+    set_learning_rate,
+)
+
+
+@pytest.mark.parametrize(
+    ("warmup", "steps", "step", "share"),
+    [
+        (4, 12, 1, 0.25),
+        (4, 12, 3, 0.75),
+        (4, 12, 4, 1.0),
+        (4, 12, 6, 0.5 * (1 + 0.5**0.5)),  # a quarter down: cos 45 degrees
+        (4, 12, 8, 0.5),
+        (4, 12, 12, 0.0),
+        (0, 4, 1, 0.5 * (1 + 0.5**0.5)),
+        (0, 4, 2, 0.5),
+        (0, 4, 4, 0.0),
+        (0, 1, 1, 0.0),
+        (10, 5, 5, 0.5),  # stopped in its warm-up
+        (5, 5, 5, 1.0),
+        (4, 12, 13, 0.0),  # behind the end it stays down
+    ],
+)
+def test_learning_rate_by_hand(warmup, steps, step, share):
+    config = OptimizerConfig(learning_rate=0.4, warmup_steps=warmup)
+    assert learning_rate(config, step, steps) == pytest.approx(0.4 * share, abs=1e-16)
+
+
+def test_learning_rate_is_set_in_every_group():
+    config = OptimizerConfig(learning_rate=0.4, warmup_steps=4)
+    optimizer = make_optimizer(nn.Linear(2, 2), config)
+    assert set_learning_rate(optimizer, config, 1, 12) == 0.1
+    assert [group["lr"] for group in optimizer.param_groups] == [0.1, 0.1]
+
+
+def test_adamw():
+    model = nn.Linear(2, 2)
+    optimizer = make_optimizer(model, OptimizerConfig(kind="adamw", learning_rate=0.3, weight_decay=0.2, momentum=0.8))
+    assert type(optimizer) is torch.optim.AdamW
+    decayed, others = optimizer.param_groups
+    assert (decayed["lr"], decayed["betas"]) == (0.3, (0.8, 0.999))
+    assert [p is q for p, q in zip(decayed["params"] + others["params"], model.parameters(), strict=True)] == [True, True]
+    assert (decayed["weight_decay"], others["weight_decay"]) == (0.2, 0)
+
+
+@pytest.mark.parametrize(("momentum", "nesterov"), [(0.9, True), (0.0, False)])
+def test_sgd(momentum, nesterov):
+    optimizer = make_optimizer(nn.Linear(2, 2), OptimizerConfig(kind="sgd", momentum=momentum, weight_decay=0.1))
+    assert type(optimizer) is torch.optim.SGD
+    for group, decay in zip(optimizer.param_groups, (0.1, 0), strict=True):
+        assert (group["momentum"], group["nesterov"], group["weight_decay"]) == (momentum, nesterov, decay)
+
+
+def config_at(folder, **changed) -> TrainConfig:
+    run = RunConfig(folder=folder, **changed.pop("run", {}))
+    return dataclasses.replace(TrainConfig(), run=run, **changed)
+
+
+def refusal(call, *args) -> str:
+    with pytest.raises(ValueError, match=r".") as refused:
+        call(*args)
+    assert "\n" not in str(refused.value)
+    return str(refused.value)
+
+
+@pytest.mark.parametrize("kind", ["folder", "file"])
+def test_a_run_folder_with_something_in_it_is_refused_and_stays(tmp_path, kind):
+    folder = tmp_path / "run"
+    if kind == "folder":
+        folder.mkdir()
+        (folder / "mine.txt").write_text("keep")
+    else:
+        folder.write_text("keep")
+    before = every_file(tmp_path)
+    said = refusal(check_folder, config_at(folder))
+    assert said == f"run folder {folder} exists and is not empty; choose another run.folder or say --run.resume"
+    assert every_file(tmp_path) == before
+
+
+def test_looking_at_a_new_run_folder_makes_nothing(tmp_path):
+    check_folder(config_at(tmp_path / "a" / "run"))
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_the_run_folder_is_made_with_its_settings(tmp_path):
+    (tmp_path / "empty").mkdir()
+    for folder in (tmp_path / "a" / "run", tmp_path / "empty"):
+        config = config_at(folder)
+        check_folder(config)
+        make_folder(config)
+        assert [path.name for path in folder.iterdir()] == ["config.yaml"]
+        check_folder(config_at(folder, run={"resume": True}))  # and it is one to resume
+
+
+def test_resuming_leaves_the_settings_of_the_first_start(tmp_path):
+    make_folder(config_at(tmp_path / "run"))
+    before = every_file(tmp_path)
+    make_folder(config_at(tmp_path / "run", run={"resume": True, "log_every": 3}))
+    assert every_file(tmp_path) == before
+
+
+def test_resuming_what_is_no_run_is_refused(tmp_path):
+    said = refusal(check_folder, config_at(tmp_path / "run", run={"resume": True}))
+    assert said == f"config file {tmp_path}/run/config.yaml does not exist"
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("changed", "named"),
+    [
+        ({"plan": PlanConfig(images_per_identity=3)}, ["images_per_identity=4", "images_per_identity=3"]),
+        ({"model": ModelConfig(trunk="resnet18")}, ["trunk='resnet50'", "trunk='resnet18'"]),
+        ({"loss": LossConfig(distance="squared")}, ["distance='root'", "distance='squared'"]),
+        ({"optimizer": OptimizerConfig(learning_rate=0.5)}, ["learning_rate=0.001", "learning_rate=0.5"]),
+        ({"run": {"seed": 1}}, ["run.seed was 0, now 1"]),
+        ({"run": {"steps": 9}}, ["run.steps was None, now 9"]),
+        ({"run": {"epochs": 9}}, ["run.epochs was 20, now 9"]),
+    ],
+)
+def test_resuming_with_other_settings_names_them(tmp_path, changed, named):
+    folder = tmp_path / "run"
+    folder.mkdir()
+    save(config_at(folder), folder / "config.yaml")
+    run = {"resume": True} | changed.get("run", {})
+    said = refusal(check_folder, config_at(folder, **(changed | {"run": run})))
+    assert said.startswith(f"cannot resume {folder}: ")
+    assert all(word in said for word in named)
+
+
+def test_resuming_may_change_what_does_not_change_the_training(tmp_path):
+    folder = tmp_path / "run"
+    folder.mkdir()
+    save(config_at(folder), folder / "config.yaml")
+    other = {"log_every": 1, "checkpoint_every": 7, "keep_checkpoints": 9, "tensorboard": False, "evaluate_every": 5}
+    check_folder(config_at(folder, run={"resume": True} | other))
+
+
+@pytest.mark.usefixtures("fresh_accelerate")
+@pytest.mark.parametrize(("precision", "mixed"), [("fp32", "no"), ("bf16", "bf16")])
+def test_precision_on_the_cpu(tmp_path, precision, mixed):
+    accelerator = make_accelerator(RunConfig(folder=tmp_path / "run", precision=precision, device="cpu"))
+    assert (accelerator.mixed_precision, accelerator.device.type) == (mixed, "cpu")
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.usefixtures("fresh_accelerate")
+@pytest.mark.parametrize(("local_ranks", "threads"), [("1", 8), ("3", 2), ("99", 1)])
+def test_ranks_of_a_machine_share_its_cores(tmp_path, monkeypatch, local_ranks, threads):
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", local_ranks)
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: range(8))
+    make_accelerator(RunConfig(folder=tmp_path, precision="fp32", device="cpu"))
+    assert torch.get_num_threads() == threads
+
+
+TINY = (
+    "--data.image-size 32 --plan.identities-per-batch 4 --plan.images-per-identity 2 --model.trunk resnet18 "
+    "--model.embedding-size 8 --run.steps 2 --run.device cpu --run.precision fp32 --run.no-tensorboard"
+).split()
+
+
+@pytest.mark.usefixtures("fresh_accelerate")
+class TestMain:
+    """Exit codes; one line on stderr; nothing is made."""
+
+    def fails(self, capsys, tmp_path, args, code) -> str:
+        before = every_file(tmp_path)
+        assert main([*TINY, "--run.folder", str(tmp_path / "run"), *map(str, args)]) == code
+        assert every_file(tmp_path) == before
+        assert not (tmp_path / "run").exists()
+        (line,) = capsys.readouterr().err.splitlines()
+        assert line.startswith("facescale: ")
+        return line.removeprefix("facescale: ")
+
+    def test_bad_config_file(self, capsys, tmp_path):
+        path = tmp_path / "settings.yaml"
+        path.write_text("run: {step: 3}")
+        line = self.fails(capsys, tmp_path, ["--config", path], 2)
+        assert line.startswith(f"config file {path}: unknown key 'run.step'")
+
+    def test_bad_option(self, capsys, tmp_path):
+        assert self.fails(capsys, tmp_path, ["--run.steps", "0"], 2) == (
+            "Error parsing run: run.steps is 0; it must be at least 1, or None"
+        )
+
+    def test_no_shards(self, capsys, tmp_path):
+        line = self.fails(capsys, tmp_path, ["--data.shards", tmp_path / "none"], 1)
+        assert line.startswith(f"{tmp_path}/none holds no manifest.json")
+
+    def test_more_identities_than_there_are(self, capsys, tmp_path, shards):
+        line = self.fails(capsys, tmp_path, ["--data.shards", shards, "--plan.identities-per-batch", 9], 1)
+        assert line == (
+            "plan.identities_per_batch is 9; the shards have 8 training identities with at least 2 images"
+        )
+
+    def test_evaluation_without_held_out_identities(self, capsys, tmp_path, shards):
+        import shutil
+
+        few = shutil.copytree(shards, tmp_path / "few")
+        manifest = (few / "manifest.json").read_text()
+        (few / "manifest.json").write_text(manifest.replace('"unseen_identities": {', '"unseen_images_": {'))
+        line = self.fails(capsys, tmp_path, ["--data.shards", few, "--run.evaluate-every", 1], 1)
+        assert "manifest.json" in line or "no split 'unseen_identities'" in line
+
+    def test_weights_that_are_missing(self, capsys, tmp_path, shards):
+        line = self.fails(capsys, tmp_path, ["--data.shards", shards, "--model.weights", tmp_path / "w.pth"], 1)
+        assert line.startswith(f"model.weights {tmp_path}/w.pth does not exist")
+
+    def test_synchronised_batch_norm_without_a_gpu(self, capsys, tmp_path, shards):
+        line = self.fails(capsys, tmp_path, ["--data.shards", shards, "--model.sync-batchnorm"], 1)
+        assert line == "model.sync_batchnorm is True; PyTorch has it on GPUs only"
+
+    def test_resuming_what_is_not_there(self, capsys, tmp_path, shards):
+        line = self.fails(capsys, tmp_path, ["--data.shards", shards, "--run.resume"], 1)
+        assert line == f"config file {tmp_path}/run/config.yaml does not exist"
+
+    def test_only_rank_0_says_it(self, capsys, monkeypatch):
+        monkeypatch.setenv("RANK", "1")
+        assert main(["--run.steps", "0"]) == 2
+        assert capsys.readouterr().err == ""
+
+    def test_the_place_is_shown_where_it_is_asked_for(self, monkeypatch):
+        monkeypatch.setenv("FACESCALE_TRACEBACK", "1")
+        with pytest.raises(ValueError, match=r"run\.steps is 0"):
+            main(["--run.steps", "0"])
