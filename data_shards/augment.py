@@ -45,7 +45,7 @@ class AugmentConfig:
 
 
 class Augmentation(NamedTuple):
-    """Parameters of n samples, in the order in which DALI applies them."""
+    """Parameters of n samples, in the order in which the decoder takes them."""
 
     anchor: Floats
     """Left and top of the crop as fractions of width and height, shape (n, 2)."""

@@ -129,7 +129,7 @@ def _shard(args: argparse.Namespace) -> int:
     config = ConvertConfig(
         holdout_identities=_holdout(args.holdout_identities),
         holdout_images=args.holdout_images,
-        shard_bytes=int(args.shard_mib * 2**20),
+        shard_bytes=_mebibytes(args.shard_mib),
         images_per_group=args.images_per_group,
         order=args.order,
         seed=args.seed,
@@ -138,6 +138,12 @@ def _shard(args: argparse.Namespace) -> int:
     )
     print(convert(args.source, args.out, config))
     return 0
+
+
+def _mebibytes(size: float) -> int:
+    if not 2**-20 <= size < 2**40:
+        raise ValueError(f"--shard-mib is {size}; it must be above 0 and finite")
+    return int(size * 2**20)
 
 
 def _holdout(text: str) -> int | float | tuple[str, ...]:
@@ -149,7 +155,11 @@ def _holdout(text: str) -> int | float | tuple[str, ...]:
     path = Path(text)
     if not path.is_file():
         raise ValueError(f"--holdout-identities {text} is neither a number nor a file of names")
-    return tuple(line.strip() for line in path.read_text().splitlines() if line.strip())
+    try:
+        lines = path.read_text().splitlines()
+    except UnicodeDecodeError:
+        raise ValueError(f"--holdout-identities {path} is not a text file of names") from None
+    return tuple(line.strip() for line in lines if line.strip())
 
 
 def _add_verify(commands: argparse._SubParsersAction) -> None:

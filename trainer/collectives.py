@@ -68,7 +68,7 @@ def gather_rows(values: Tensor) -> Tensor:
     rows = gather(torch.tensor([len(values)], device=values.device)).tolist()
     padded = values.new_zeros((max(rows), *values.shape[1:]))
     padded[: len(values)] = values
-    parts = gather(padded).split(max(rows))
+    parts = gather(padded).reshape(world_size(), max(rows), *values.shape[1:])
     return torch.cat([part[:count] for part, count in zip(parts, rows, strict=True)])
 
 

@@ -47,21 +47,31 @@ class ModelConfig:
 
 @dataclass(kw_only=True, frozen=True)
 class LossConfig:
-    kind: Literal["soft_margin", "margin"] = "soft_margin"
-    """log(1 + exp(d_ap - d_an)), or max(0, d_ap - d_an + margin)."""
+    kind: Literal["smooth", "soft_margin", "margin"] = "smooth"
+    """Batch-hard with soft_margin: log(1 + exp(d_ap - d_an)), or with margin: max(0, d_ap - d_an + margin), or its smooth form
+    over all triplets of an anchor, log(1 + sum exp(sharpness (d_ap - d_an + margin))) / sharpness, which trains from scratch."""
     margin: float = 0.2
-    """Margin in the distance's own unit, above 0; read for kind `margin` alone."""
+    """Margin in the distance's own unit, above 0; not read for kind soft_margin."""
+    sharpness: float = 10.0
+    """In 1 / distance, above 0; read for kind smooth alone, which becomes kind margin as it grows."""
     distance: Literal["root", "squared"] = "root"
     """L2 distance of unit vectors in [0, 2], or squared in [0, 4]."""
 
     def __post_init__(self) -> None:
         if not 0 < self.margin <= 4:
             raise ValueError(f"loss.margin is {self.margin}; allowed is above 0 and at most 4")
+        if not 0 < self.sharpness <= 1000:
+            raise ValueError(f"loss.sharpness is {self.sharpness}; allowed is above 0 and at most 1000")
 
     @property
     def effective_margin(self) -> float | None:
         """The margin, or None for the soft margin."""
-        return self.margin if self.kind == "margin" else None
+        return None if self.kind == "soft_margin" else self.margin
+
+    @property
+    def effective_sharpness(self) -> float | None:
+        """The sharpness, or None where the hardest triplets alone are taken."""
+        return self.sharpness if self.kind == "smooth" else None
 
     @property
     def squared(self) -> bool:

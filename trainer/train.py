@@ -178,7 +178,7 @@ def make_accelerator(config: RunConfig) -> Accelerator:
     deepspeed = os.environ.get("ACCELERATE_USE_DEEPSPEED", "false").lower() == "true"
     handlers: list[KwargsHandler] = [DistributedDataParallelKwargs(gradient_as_bucket_view=True)]
     if cpu:
-        if "LOCAL_RANK" in os.environ:  # without a launcher accelerate makes no group, and fails where a backend is named
+        if "LOCAL_RANK" in os.environ:  # started by hand, accelerate makes no group and stumbles over a named backend
             handlers.append(InitProcessGroupKwargs(backend="gloo"))
         local_ranks = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
         torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // local_ranks))

@@ -1,6 +1,7 @@
 """The one place where model, collectives and metric meet."""
 
 from collections.abc import Callable
+from functools import partial
 from typing import NamedTuple
 
 import torch
@@ -11,7 +12,7 @@ from data_shards.loader import Batch
 from trainer.collectives import all_reduce_sum, gather, gather_with_grad, rank, world_size
 from trainer.config import LossConfig
 from trainer.metric.losses import triplet_loss
-from trainer.metric.mining import Triplets, batch_hard
+from trainer.metric.mining import Triplets, batch_hard, smooth_hard
 
 
 class StepStats(NamedTuple):
@@ -39,15 +40,21 @@ def train_step(
     embeddings = model(batch.images)  # (b, d) unit norm
     candidates = gather_with_grad(embeddings)  # (W*b, d) in rank order
     candidate_identities = gather(batch.identities)  # (W*b,)
-    triplets = batch_hard(
-        embeddings, batch.identities, candidates, candidate_identities, self_columns(embeddings), squared=config.squared
-    )
-    loss_sum, active = triplet_loss(triplets, config.effective_margin)  # 0-d, 0-d
+    mine = miner(config)
+    triplets = mine(embeddings, batch.identities, candidates, candidate_identities, self_columns(embeddings))
+    loss_sum, active = triplet_loss(triplets, config.effective_margin, config.effective_sharpness)  # 0-d, 0-d
     loss = loss_sum * world_size() / all_reduce_sum(active).clamp(min=1)
     backward(loss)
     optimizer.step()
     optimizer.zero_grad()
     return StepStats(loss_sum.detach(), active, triplets)
+
+
+def miner(config: LossConfig) -> Callable[..., Triplets]:
+    """How the settings choose triplets: (embeddings, identities, candidates, candidate identities, self columns) -> Triplets."""
+    if config.effective_sharpness is not None:
+        return partial(smooth_hard, sharpness=config.effective_sharpness, squared=config.squared)
+    return partial(batch_hard, squared=config.squared)
 
 
 def self_columns(embeddings: Tensor) -> Tensor:

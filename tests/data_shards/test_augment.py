@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from data_shards.augment import AugmentConfig, Augmentation, augment, central_square
+from data_shards.augment import Augmentation, AugmentConfig, augment, central_square
 from data_shards.plan import Draws
 
 MANY = 40_000
@@ -196,4 +196,6 @@ def test_settings_out_of_range_are_refused(settings, message):
 
 
 def test_the_ends_of_the_allowed_ranges_are_allowed():
-    AugmentConfig(mirror=0, greyscale=1, brightness=0, contrast=0.99, saturation=0, crop_area=(1, 1), crop_aspect=(1, 1))
+    AugmentConfig(
+        mirror=0, greyscale=1, brightness=0, contrast=0.99, saturation=0, crop_area=(1, 1), crop_aspect=(1, 1)
+    )

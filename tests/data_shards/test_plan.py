@@ -236,7 +236,9 @@ def test_epochs_differ_in_order_company_and_groups():
     first, second = epoch_of(plan, 0), epoch_of(plan, 1)
     orders = [[batch.samples[::4].tolist() for batch in epoch] for epoch in (first, second)]
     company = [[set((batch.samples[::4] // 8).tolist()) for batch in epoch] for epoch in (first, second)]
-    groups = [{frozenset(g) for batch in epoch for g in batch.samples.reshape(4, 4).tolist()} for epoch in (first, second)]
+    groups = [
+        {frozenset(g) for batch in epoch for g in batch.samples.reshape(4, 4).tolist()} for epoch in (first, second)
+    ]
     assert orders[0] != orders[1]
     assert company[0] != company[1]
     assert len(groups[0] & groups[1]) < 6  # of 24: an identity's 8 images fall the same way 1 time in 35
@@ -301,7 +303,9 @@ def test_a_world_size_that_does_not_divide_p_times_k_is_refused(world_size):
 
 def test_too_few_identities_with_two_images_are_refused():
     make_plan([2, 2, 2], p=3, k=2)
-    with pytest.raises(ValueError, match=r"^plan.identities_per_batch is 3; the shards have 2 training identities with"):
+    with pytest.raises(
+        ValueError, match=r"^plan.identities_per_batch is 3; the shards have 2 training identities with"
+    ):
         make_plan([2, 2, 1, 1, 0], p=3, k=2)
 
 

@@ -32,7 +32,11 @@ def test_images_are_read_only_views_of_one_map_for_each_shard(split):
     first, second = reader.read(np.arange(14)), reader.read(np.arange(14))
     assert all(np.shares_memory(*pair) for pair in zip(first, second, strict=True))
     assert not any(image.flags.writeable for image in first)
-    maps = [line for line in Path("/proc/self/maps").read_text().split("\n") if str(split.directory) in line and line.endswith(".tar")]
+    maps = [
+        line
+        for line in Path("/proc/self/maps").read_text().split("\n")
+        if str(split.directory) in line and line.endswith(".tar")
+    ]
     assert len(maps) == len(split.shards)
 
 

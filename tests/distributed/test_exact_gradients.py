@@ -50,6 +50,8 @@ LOSSES = {
     "margin squared": LossConfig(kind="margin", margin=0.05, distance="squared"),
     "soft margin root": LossConfig(kind="soft_margin", distance="root"),
     "soft margin squared": LossConfig(kind="soft_margin", distance="squared"),
+    "smooth root": LossConfig(kind="smooth", margin=0.1, sharpness=10, distance="root"),
+    "smooth squared": LossConfig(kind="smooth", margin=0.1, sharpness=5, distance="squared"),
 }
 
 

@@ -19,9 +19,9 @@ def pictures(tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="session")
 def shards(pictures, tmp_path_factory) -> Path:
-    """`pictures` with four identities held out and one image of each other; read only."""
+    """`pictures` with five identities held out and one image of each other; read only."""
     out = tmp_path_factory.mktemp("shards") / "shards"
-    names = ("n01", "n04", "n07", "n10")
+    names = ("n01", "n04", "n07", "n10", "n11")
     convert(pictures, out, ConvertConfig(holdout_identities=names, holdout_images=1, images_per_group=2, workers=1))
     return out
 

@@ -6,20 +6,31 @@ from torch.nn.functional import softplus
 from trainer.metric.mining import Triplets
 
 
-def triplet_loss(triplets: Triplets, margin: float | None) -> tuple[Tensor, Tensor]:
+def triplet_loss(triplets: Triplets, margin: float | None, sharpness: float | None = None) -> tuple[Tensor, Tensor]:
     """Sum of the triplet loss over valid anchors, and the number of active triplets.
 
-    With a margin: max(0, d_ap - d_an + margin). With the soft margin: log(1 + exp(d_ap - d_an)), where every valid anchor is
-    active. No active triplet: the sum is 0 and so is its gradient.
+    - With a margin: max(0, d_ap - d_an + margin).
+    - With the soft margin: log(1 + exp(d_ap - d_an)); every valid anchor is active.
+    - With a margin and a sharpness s: log(1 + exp(s (d_ap - d_an + margin))) / s, which becomes the first as s grows; every
+      valid anchor is active.
+
+    No active triplet: the sum is 0 and so is its gradient.
 
     Args:
         triplets: shape (b,) each.
         margin: in the distance's own unit; None for the soft margin.
+        sharpness: s, in 1 / distance; None for the hinge.
     Returns:
         loss_sum: 0-d, with gradient. active: 0-d, int64. Both stay on the device.
-    Source: FaceNet (Schroff et al. 2015), equation 2; soft margin and the average over active triplets: Hermans et al. 2017.
+    Source: FaceNet (Schroff et al. 2015), equation 2; soft margin and the average over active triplets: Hermans et al. 2017;
+        with sharpness: Sun et al. 2020, equation 1.
     """
-    difference = triplets.positive_distance - triplets.negative_distance  # (b,)
-    loss = softplus(difference) if margin is None else (difference + margin).clamp(min=0)
+    difference = triplets.positive_distance - triplets.negative_distance + (margin or 0)  # (b,)
+    if margin is None:
+        loss = softplus(difference)
+    elif sharpness is None:
+        loss = difference.clamp(min=0)
+    else:
+        loss = softplus(sharpness * difference) / sharpness
     loss = loss.masked_fill(~triplets.valid, 0)
     return loss.sum(), (loss > 0).sum()

@@ -5,10 +5,14 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from trainer.metric.distances import paired_distance
+from trainer.metric.distances import paired_distance, pairwise_squared
 
 BLOCK = 4096
 """Candidates compared at a time: bounds the extra memory at b x BLOCK."""
+
+
+_SMALLEST_SQUARED = 1e-6
+"""Squared distances below this have no gradient through the root: single precision knows them no better."""
 
 
 class Triplets(NamedTuple):
@@ -53,6 +57,39 @@ def batch_hard(
         paired_distance(embeddings, candidates[negatives], squared),
         valid,
     )
+
+
+def smooth_hard(
+    embeddings: Tensor,
+    identities: Tensor,
+    candidates: Tensor,
+    candidate_identities: Tensor,
+    self_columns: Tensor,
+    *,
+    sharpness: float,
+    squared: bool = False,
+) -> Triplets:
+    """The log-sum-exp of all positives' and of all negatives' distances in place of their maximum and minimum.
+
+    `positive_distance` is log(sum exp(s d_ap)) / s, `negative_distance` is -log(sum exp(-s d_an)) / s, so they bound
+    `batch_hard`'s from above and below and become them as the sharpness s grows. All pairs carry gradient, which trains a network
+    from random weights where the hardest triplets alone do not (benchmarks/README.md). Takes some five arrays of b x N.
+
+    Args:
+        embeddings, identities, candidates, candidate_identities, self_columns, squared: as for `batch_hard`.
+        sharpness: s, above 0, in 1 / distance.
+    Source: Sun et al. 2020, "Circle Loss", equations 1 to 3 (there on similarities); Hermans et al. 2017, equation 8.
+    """
+    distance = pairwise_squared(embeddings, candidates)  # (b, N)
+    distance = distance if squared else distance.clamp(min=_SMALLEST_SQUARED).sqrt()
+    same = identities[:, None] == candidate_identities[None]  # (b, N)
+    columns = torch.arange(len(candidates), device=embeddings.device)
+    positive = same & (columns[None] != self_columns[:, None])
+    d_ap = (sharpness * distance).masked_fill(~positive, -torch.inf)
+    d_an = (-sharpness * distance).masked_fill(same, -torch.inf)
+    valid = positive.any(1) & ~same.all(1)
+    d_ap, d_an = (d.masked_fill(~valid[:, None], 0) for d in (d_ap, d_an))  # no gradient of an empty sum
+    return Triplets(d_ap.logsumexp(1) / sharpness, -d_an.logsumexp(1) / sharpness, valid)
 
 
 @torch.no_grad()

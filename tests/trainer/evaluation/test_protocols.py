@@ -148,6 +148,29 @@ def test_pairs_of_a_large_set_have_identities_of_their_own_in_each_fold(images):
     assert sum(map(len, seen)) == len(set.union(*seen))
 
 
+def test_each_fold_gets_an_identity_with_two_images_when_some_have_one():
+    identities = torch.cat([torch.arange(10).repeat(2), torch.arange(10, 30)])
+    pairs = draw_pairs(identities, pairs=400, folds=10, seed=1)
+    check_pairs(pairs, identities)
+    assert pairs.disjoint
+    assert pairs.fold.bincount().tolist() == [2] * 10  # one genuine pair each
+
+
+def test_genuine_pairs_are_no_more_than_impostor_pairs():
+    identities = torch.tensor([1] * 6 + [2])  # 15 genuine, 6 impostor pairs
+    pairs = draw_pairs(identities, pairs=100, folds=2, seed=0)
+    check_pairs(pairs, identities)
+    assert len(pairs.first) == 12
+
+
+def test_rank_reaches_every_identity_of_a_gallery_of_several_images():
+    # gallery 0, 1 (identity 1), 10, 11 (2), 20, 21 (3); the probe of 3 at 2 degrees has four images of others before its own
+    embeddings, identities = circle(0, 1, 10, 11, 20, 21, 2), torch.tensor([1, 1, 2, 2, 3, 3, 3])
+    config = ProtocolConfig(gallery_images_per_identity=2, ranks=(1, 2, 3), knn=(1,), folds=2, pairs=8)
+    result = open_set(embeddings, identities, margin=0.2, squared=True, config=config)
+    assert result.curves["cmc"].tolist() == [0, 0, 1]
+
+
 def test_pairs_of_a_small_set_share_identities_between_folds_and_say_so():
     _, identities = people(identities=7, images=5)
     pairs = draw_pairs(identities, pairs=100, folds=10, seed=4)
@@ -193,6 +216,7 @@ def test_large_sets_take_whole_identities_for_the_roc():
     result = open_set(embeddings, identities, margin=0.2, squared=False, config=ProtocolConfig(roc_samples=103)).scalars
     assert (result["genuine_pairs"], result["impostor_pairs"]) == (20 * 10, 100 * 99 // 2 - 200)
     assert result["roc_pairs_are"] == "all pairs of 100 samples, whole identities drawn"
+    assert len(draw_identities(torch.arange(2).repeat(5), 4, seed=0)) == 10  # two identities even where they do not fit
     lonely = torch.tensor([1, 2, 3, 4, 4, 4, 5])
     assert (lonely[draw_identities(lonely, 4, seed=0)] == 4).sum() == 3  # the one with a genuine pair is always there
 

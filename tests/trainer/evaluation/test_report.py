@@ -221,6 +221,7 @@ def damage(run, name, text):
         (lambda run: damage(run, "log.jsonl", ""), r"log.jsonl is missing or holds no step; train"),
         (lambda run: damage(run, "log.jsonl", "{}\n"), r"log.jsonl, line 1: no 'step'"),
         (lambda run: damage(run, "log.jsonl", "x\n{}\n"), r"log.jsonl, line 1: not a JSON object"),
+        (lambda run: damage(run, "log.jsonl", 'x\n{"st'), r"log.jsonl, line 1: not a JSON object"),
         (lambda run: (run / "config.yaml").unlink(), "config.yaml does not exist; .* is not the folder of a run"),
         (lambda run: damage(run, "config.yaml", "a: ["), "config.yaml is not YAML"),
     ],
@@ -233,10 +234,10 @@ def test_a_run_that_cannot_be_reported_is_refused_in_one_line(run, spoil, messag
     assert not (run / "report").exists()
 
 
-def test_a_log_line_cut_short_by_a_kill_is_passed_over(run, report):
+def test_log_lines_in_any_order_and_one_cut_short_by_a_kill_make_the_same_curve(run, report):
     whole = (report / "loss.png").read_bytes()
-    with (run / "log.jsonl").open("a") as log:
-        log.write('{"step": 4010, "los')
+    lines = (run / "log.jsonl").read_text().splitlines(keepends=True)
+    (run / "log.jsonl").write_text("".join(reversed(lines)) + '{"step": 4010, "los')
     assert (write_report(run) / "loss.png").read_bytes() == whole
 
 

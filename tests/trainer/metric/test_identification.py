@@ -50,8 +50,8 @@ def test_cmc_by_hand():
 
 
 def test_without_self_drops_the_probe_or_else_the_last():
-    neighbours = torch.tensor([[0, 5, 6], [7, 1, 8], [3, 4, 9]])
-    assert without_self(neighbours, torch.tensor([0, 1, 2])).tolist() == [[5, 6], [7, 8], [3, 4]]
+    neighbours = torch.tensor([[0, 5, 6], [7, 1, 8], [3, 4, 9], [5, 6, 3]])
+    assert without_self(neighbours, torch.tensor([0, 1, 2, 3])).tolist() == [[5, 6], [7, 8], [3, 4], [5, 6]]
 
 
 @pytest.mark.parametrize(("k", "winner"), [(1, 5), (2, 5), (3, 8), (4, 5), (5, 8)])

@@ -67,6 +67,7 @@ def test_tar_at_far_accepts_exactly_as_many_impostors_as_allowed():
     assert point.far == pytest.approx(0.1)
     assert point.tar == pytest.approx(0.5)
     assert (point.genuine_pairs, point.impostor_pairs) == (4, 100)
+    assert tar_at_far(torch.ones(1), impostor, far=0.29).far == 0.29  # 100 * 0.29 is 28.999999999999996
 
 
 def test_tar_at_far_rejects_impostors_tied_at_the_threshold():
