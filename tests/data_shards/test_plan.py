@@ -174,12 +174,14 @@ def test_at_most_k_minus_1_images_of_an_identity_come_twice():
         assert sorted(filled) == [0, 0, 0, 0, 0, 4, 4]
 
 
-def test_identities_that_fill_the_remaining_slots_change_with_the_epoch():
+@pytest.mark.parametrize("changing", ["epoch", "seed"])
+def test_identities_that_fill_the_remaining_slots_change_with_epoch_and_seed(changing):
     counts = [4] * 9  # 9 groups in 5 steps of 2: one identity comes a second time
-    plan = make_plan(counts, p=2, k=4)
     chosen = set()
-    for epoch in range(120):
-        shown = Counter(np.concatenate([owners(counts)[b.samples[::4]] for b in epoch_of(plan, epoch)]).tolist())
+    for number in range(120):
+        seed, epoch = (0, number) if changing == "epoch" else (number, 0)
+        batches = epoch_of(make_plan(counts, p=2, k=4, seed=seed), epoch)
+        shown = Counter(np.concatenate([owners(counts)[batch.samples[::4]] for batch in batches]).tolist())
         assert sorted(shown.values()) == [1] * 8 + [2]
         chosen.add(shown.most_common(1)[0][0])
     assert chosen == set(range(9))  # by chance one is missed with probability 1e-5
@@ -241,7 +243,7 @@ def test_epochs_differ_in_order_company_and_groups():
     ]
     assert orders[0] != orders[1]
     assert company[0] != company[1]
-    assert len(groups[0] & groups[1]) < 6  # of 24: an identity's 8 images fall the same way 1 time in 35
+    assert len(groups[0] & groups[1]) < 6  # of 24: 8 images fall into the same two groups 1 time in 35
 
 
 def test_an_identitys_groups_are_spread_over_the_epoch():
@@ -254,10 +256,22 @@ def test_an_identitys_groups_are_spread_over_the_epoch():
     assert np.mean(np.array(gaps) == 1) < 0.3  # 8/48 by chance
 
 
+def test_an_identity_meets_many_others_in_one_epoch():
+    """Each of 24 identities has 8 groups in 48 steps of 4: it sits beside 3 of the 18 in other rows 8 times."""
+    plan = make_plan([32] * 24, p=4, k=4)
+    rows = np.array([owners([32] * 24)[batch.samples[::4]] for batch in epoch_of(plan, 0)])
+    met = [len(set(rows[(rows == i).any(1)].ravel().tolist()) - {i}) for i in range(24)]
+    assert np.mean(met) > 11  # 3 * 6 * (1 - (5/6)**8) = 13.8 by chance; 3 to 6 if all rows were shuffled alike
+
+
 def test_another_seed_gives_another_plan():
-    plans = [make_plan(HEAVY_TAIL, 4, 3, seed) for seed in (0, 1, 2**40)]
-    batches = [np.concatenate([batch.samples for batch in epoch_of(plan, 0)]).tolist() for plan in plans]
-    assert len(set(map(tuple, batches))) == 3
+    company, groups = [], []
+    for seed in (0, 1, 2**40):
+        batches = epoch_of(make_plan([8] * 12, p=4, k=4, seed=seed), 0)
+        company.append(tuple(frozenset((batch.samples[::4] // 8).tolist()) for batch in batches))
+        groups.append({frozenset(group) for batch in batches for group in batch.samples.reshape(4, 4).tolist()})
+    assert len(set(company)) == 3
+    assert all(len(groups[i] & groups[j]) < 6 for i, j in ((0, 1), (0, 2), (1, 2)))  # of 24, by chance 24/35
 
 
 def test_a_step_is_the_same_in_a_new_plan_and_in_any_order():

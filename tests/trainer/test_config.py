@@ -4,39 +4,39 @@ import dataclasses
 import io
 import os
 import sys
+import typing
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from data_shards.augment import AugmentConfig
-from data_shards.plan import PlanConfig
-from trainer.config import (
-    DataConfig,
-    LossConfig,
-    ModelConfig,
-    OptimizerConfig,
-    RunConfig,
-    TrainConfig,
-    UsageError,
-    load,
-    parse,
-    save,
-)
+from trainer.config import LossConfig, ModelConfig, RunConfig, TrainConfig, UsageError, load, parse, save
 
-UNUSUAL = TrainConfig(
-    data=DataConfig(image_size=48, decode_threads=3, shards=Path("some where/shärds")),
-    plan=PlanConfig(identities_per_batch=5, images_per_identity=3),
-    augment=AugmentConfig(
-        mirror=0, crop_area=(0.25, 0.75), crop_aspect=(1e-3, 1e3), brightness=0, contrast=0.3, saturation=0.9, greyscale=1
-    ),
-    model=ModelConfig(trunk="resnet34", embedding_size=7, weights=Path("w.pth"), sync_batchnorm=True, head_batchnorm=False),
-    loss=LossConfig(kind="margin", margin=1e-3, distance="squared"),
-    optimizer=OptimizerConfig(kind="sgd", learning_rate=1e-7, warmup_steps=0, weight_decay=0, momentum=0),
-    run=RunConfig(
-        folder=Path("null"), steps=9, epochs=8, seed=2**32 - 1, precision="fp32", device="cpu", log_every=2,
-        evaluate_every=3, evaluate_images=4, checkpoint_every=5, keep_checkpoints=6, resume=True, tensorboard=False,
-    ),
-)  # fmt: skip
+
+def another(kind: Any, value: Any) -> Any:
+    """A value of a setting of this type that is allowed and is not `value`."""
+    members = typing.get_args(kind)
+    if typing.get_origin(kind) is typing.Literal:
+        return next(member for member in members if member != value)
+    if value is None:
+        return {int: 3, Path: Path("weights.pth")}[members[0]]
+    if isinstance(value, bool | Path):
+        return not value if isinstance(value, bool) else Path("some where/shärds")
+    if isinstance(value, tuple):
+        return tuple(item / 2 for item in value)
+    return value + 1 if isinstance(value, int) else value / 2
+
+
+def all_other(kind: type) -> Any:
+    """Settings of which none is the default."""
+    hints, usual = typing.get_type_hints(kind), kind()
+    return kind(
+        **{field.name: another(hints[field.name], getattr(usual, field.name)) for field in dataclasses.fields(kind)}
+    )
+
+
+UNUSUAL = TrainConfig(**{name: all_other(kind) for name, kind in typing.get_type_hints(TrainConfig).items()})
 
 
 def written(folder: Path, text: str) -> Path:

@@ -10,7 +10,7 @@ from torch.nn.functional import normalize
 from data_shards.index import Split
 from data_shards.loader import LoaderConfig, evaluation_loader
 from data_shards.progress import progress
-from trainer.collectives import gather_rows, rank, world_size
+from trainer.collectives import all_reduce_sum, gather_rows, rank, world_size
 
 PIXEL_SIZE = 64
 """Width and height at which raw pixels are compared."""
@@ -35,6 +35,8 @@ def embed(
 
     A module is put into evaluation mode for it and back afterwards. The result is whole on every rank: n * d * 4 bytes.
 
+    Raises:
+        ValueError: pictures do not decode any more; a result with others in their place would be another set's.
     Returns:
         embeddings: float32, unit norm, shape (n, d), on the CPU.
         identities: labels, int64, shape (n,), on the CPU.
@@ -60,6 +62,10 @@ def embed(
             advance(len(batch.images) * world_size())
     if module is not None:
         module.train(training)
+    damaged = all_reduce_sum(torch.tensor(len(loader.undecodable), device=device))
+    if damaged:
+        mine_damaged = ", ".join(loader.undecodable.values()) or "on another rank"
+        raise ValueError(f"{int(damaged)} pictures of split {split.name} do not decode ({mine_damaged}): run `facescale verify`")
     width = gather_rows(torch.tensor([part.shape[1] for part in parts[:1]], dtype=torch.int64, device=device))
     mine = torch.cat(parts) if parts else torch.empty((0, int(width[0])), device=device)
     identities = split.samples["identity"] if samples is None else split.samples["identity"][samples]
