@@ -42,7 +42,9 @@ def _main_job(gpus: int, steps: int) -> list[tuple[str, list[str]]]:
     synthesize = "--identities 400 --images-per-identity 20 --size 160 --seed 1"
     shard = "--holdout-identities 100 --holdout-images 2"
     train = f"--data.shards {shards} --data.image-size 112 --plan.identities-per-batch {32 * gpus} --run.steps {steps}"
-    launch = f"-m accelerate.commands.accelerate_cli launch --num_processes {gpus} --num_machines 1 --mixed_precision no"
+    launch = (
+        f"-m accelerate.commands.accelerate_cli launch --num_processes {gpus} --num_machines 1 --mixed_precision no"
+    )
     launch += " --dynamo_backend no" + (" --multi_gpu" if gpus > 1 else "")
     options = f"-m trainer.train --config launch/recipes/demo.yaml {train} --run.folder {run} --run.evaluate-every 250"
     return [

@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch import Tensor
+from torch import Tensor, nn
 
 
 def world_size() -> int:
@@ -70,6 +70,13 @@ def gather_rows(values: Tensor) -> Tensor:
     padded[: len(values)] = values
     parts = gather(padded).reshape(world_size(), max(rows), *values.shape[1:])
     return torch.cat([part[:count] for part, count in zip(parts, rows, strict=True)])
+
+
+def broadcast_buffers(module: nn.Module) -> None:
+    """Gives every rank rank 0's buffers (BatchNorm's running statistics), which are those that checkpoints hold."""
+    if world_size() > 1:
+        for buffer in module.buffers():
+            dist.broadcast(buffer, src=0)
 
 
 def all_reduce_sum(value: Tensor) -> Tensor:

@@ -1,4 +1,8 @@
-"""Training: wiring, loop, main(). Start it with `accelerate launch -m trainer.train --config FILE`."""
+"""Training: wiring, loop, main(). Start it with `accelerate launch -m trainer.train --config FILE`.
+
+Not yet run, for want of a GPU: what reads `cpu` as false below (NCCL, which accelerate chooses; cuDNN's autotuning; the bf16 test
+by compute capability) and `model.sync_batchnorm`.
+"""
 
 import math
 import os

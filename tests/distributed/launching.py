@@ -21,7 +21,13 @@ def launch(config_file: str, processes: int, *options: object) -> subprocess.Com
     where = ["--config_file", config_file, "--num_processes", str(processes), "--main_process_port", str(port)]
     command = [sys.executable, "-m", "accelerate.commands.accelerate_cli", "launch", *where, "-m", "trainer.train"]
     done = subprocess.run(
-        [*command, *map(str, options)], cwd=ROOT, env=environment, capture_output=True, text=True, timeout=280, check=False
+        [*command, *map(str, options)],
+        cwd=ROOT,
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=280,
+        check=False,
     )
     assert done.returncode == 0, f"{done.stdout[-3000:]}\n{done.stderr[-6000:]}"
     return done

@@ -4,7 +4,7 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from tests.distributed.processes import in_processes
 from trainer import collectives
@@ -38,7 +38,13 @@ def everything() -> dict[str, Any]:
     count = torch.tensor(rank() + 1)
     summed = all_reduce_sum(count)
     leaf = own.clone().requires_grad_()
+    norm = nn.BatchNorm1d(2)
+    norm.running_mean += rank() + 1
+    norm.num_batches_tracked += rank() + 5
+    norm.weight.data += rank()
+    collectives.broadcast_buffers(norm)
     return {
+        "norm": norm.state_dict(),
         "rank": (rank(), world_size()),
         "gather": gather(own),
         "gather strided": gather(strided),
@@ -115,6 +121,13 @@ def test_gather_rows_takes_other_numbers_of_rows_from_each_rank(ranks):
 
 def test_gather_rows_of_nothing_keeps_the_width(ranks):
     assert all_equal(ranks, "no rows", torch.empty(0, 4))
+
+
+def test_buffers_become_those_of_rank_0_and_weights_stay(ranks):
+    for number, found in enumerate(ranks):
+        state = found["norm"]
+        assert (state["running_mean"].tolist(), state["num_batches_tracked"].item()) == ([1, 1], 5)
+        assert state["weight"].tolist() == [1 + number] * 2
 
 
 def test_one_process_gets_its_own_values_back():

@@ -22,7 +22,9 @@ def run(tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("orl")
     summary = convert(ORL, folder / "shards", ConvertConfig(holdout_identities=UNSEEN, holdout_images=2))
     assert (summary.read, summary.written, summary.failed) == (400, 400, 0)
-    options = "--data.image-size 48 --plan.identities-per-batch 8 --model.trunk resnet18 --run.steps 6 --run.log-every 2"
+    options = (
+        "--data.image-size 48 --plan.identities-per-batch 8 --model.trunk resnet18 --run.steps 6 --run.log-every 2"
+    )
     launch(CPU, 2, *options.split(), "--data.shards", folder / "shards", "--run.folder", folder / "run")
     assert main(["evaluate", str(folder / "run")]) == 0
     return folder / "run"

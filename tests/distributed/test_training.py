@@ -8,8 +8,10 @@ import torch
 from safetensors.torch import load_file
 
 from data_shards.convert import ConvertConfig, convert
+from data_shards.index import ShardSet
 from data_shards.synthetic import synthesize
 from tests.distributed.launching import CPU, DEEPSPEED, launch, log, rewind
+from trainer.evaluation.run import evaluate_in_training, load_run
 
 STEPS = 20
 
@@ -26,8 +28,9 @@ def _options(shards: Path, run: Path) -> list[object]:
     """SGD, for AdamW's first steps turn rounding into whole steps; fp32."""
     fixed = (
         "--data.image-size 64 --plan.identities-per-batch 10 --plan.images-per-identity 4 --model.trunk resnet18 "
-        "--model.embedding-size 32 --optimizer.kind sgd --optimizer.learning-rate 0.005 --optimizer.warmup-steps 2 --optimizer.momentum 0.5 "
-        f"--run.precision fp32 --run.steps {STEPS} --run.log-every 1 --run.checkpoint-every 10 --run.evaluate-every 10"
+        "--model.embedding-size 32 --optimizer.kind sgd --optimizer.learning-rate 0.005 --optimizer.warmup-steps 2 "
+        "--optimizer.momentum 0.5 --loss.kind soft_margin --run.precision fp32 --run.log-every 1 "
+        f"--run.steps {STEPS} --run.checkpoint-every 10 --run.evaluate-every 10"
     )
     return [*fixed.split(), "--data.shards", shards, "--run.folder", run]
 
@@ -62,6 +65,17 @@ def test_run_folder(ddp):
     assert [line["step"] for line in log(ddp, "evaluations.jsonl")] == [10, 20]
 
 
+def test_evaluation_in_training_equals_one_process_with_the_checkpoint(ddp, deepspeed, shards):
+    """Both ranks embed with rank 0's BatchNorm statistics, those of the checkpoint."""
+    for run in (ddp, deepspeed):
+        config, model = load_run(run)
+        alone = evaluate_in_training(
+            model, ShardSet.open(shards).split("unseen_identities"), config, torch.device("cpu")
+        )
+        together = log(run, "evaluations.jsonl")[-1]
+        assert {name: together[name] for name in alone} == pytest.approx(alone, rel=1e-4)
+
+
 def test_it_learns(ddp):
     losses = [line["loss"] for line in log(ddp)]
     assert sum(losses[-5:]) < 0.97 * sum(losses[:5])
@@ -93,7 +107,9 @@ def test_resumed_on_one_rank_takes_the_same_batches(ddp, shards, tmp_path):
 def test_deepspeed_follows_ddp(ddp, deepspeed):
     ours, theirs = log(deepspeed), log(ddp)
     assert len(ours) == STEPS
-    assert max(abs(a["d_ap"] / ours[0]["d_ap"] - 1) for a in ours) > 0.05, "it must have moved for this to mean anything"
+    assert max(abs(a["d_ap"] / ours[0]["d_ap"] - 1) for a in ours) > 0.05, (
+        "it must have moved for this to mean anything"
+    )
     for a, b in zip(ours, theirs, strict=True):
         for name in ("loss", "d_ap", "d_an"):
             assert a[name] == pytest.approx(b[name], rel=1e-4), (a["step"], name)

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from matplotlib.figure import Figure
 
 from data_shards.index import ShardSet
 from tests.data_shards.collections_on_disk import draw_collection, every_file
@@ -147,7 +148,8 @@ def test_evaluate_judges_both_sets_and_raw_pixels_beside(judged):
     assert {"knn_leave_one_out_1", "knn_leave_one_out_3"} <= rows[0].keys()
 
 
-def test_report_is_written_from_an_evaluated_run(judged, tmp_path, capsys):
+def test_report_is_written_from_an_evaluated_run(judged, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr("trainer.evaluation.report.tsne_figure", lambda *_: Figure())  # the slow one
     run = Path(shutil.copytree(judged, tmp_path / "run"))
     assert main(["report", str(run)]) == 0
     assert f"Report: {run}/report/results.md; pictures: accuracy.png, cmc.png" in capsys.readouterr().out

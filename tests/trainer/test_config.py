@@ -148,6 +148,9 @@ OUT_OF_RANGE = [
     ("loss.margin", "0.0", "above 0 and at most 4"),
     ("loss.margin", "4.5", "above 0 and at most 4"),
     ("loss.margin", "nan", "above 0 and at most 4"),
+    ("loss.sharpness", "0.0", "above 0 and at most 1000"),
+    ("loss.sharpness", "1001.0", "above 0 and at most 1000"),
+    ("loss.sharpness", "nan", "above 0 and at most 1000"),
     ("optimizer.learning_rate", "0.0", "above 0"),
     ("optimizer.learning_rate", "nan", "above 0"),
     ("optimizer.learning_rate", "inf", "above 0 and finite"),
@@ -282,5 +285,10 @@ def test_help_lists_every_setting_and_exits_0(capsys):
 
 def test_what_a_loss_says_of_itself():
     assert LossConfig(kind="margin", margin=0.3).effective_margin == 0.3
+    assert LossConfig(kind="smooth", margin=0.3).effective_margin == 0.3
     assert LossConfig(kind="soft_margin", margin=0.3).effective_margin is None
+    sharpness = {
+        kind: LossConfig(kind=kind, sharpness=7).effective_sharpness for kind in ("smooth", "soft_margin", "margin")
+    }
+    assert sharpness == {"smooth": 7, "soft_margin": None, "margin": None}
     assert (LossConfig(distance="squared").squared, LossConfig(distance="root").squared) == (True, False)

@@ -1,6 +1,7 @@
 """Training's parts that need no launcher: schedule, optimiser, run folder, exit codes."""
 
 import dataclasses
+import math
 import os
 
 import pytest
@@ -8,6 +9,7 @@ import torch
 from torch import nn
 
 from data_shards.convert import ConvertConfig, convert
+from data_shards.loader import Batch
 from tests.data_shards.collections_on_disk import every_file
 from trainer.config import (
     LossConfig,
@@ -18,6 +20,7 @@ from trainer.config import (
     TrainConfig,
     save,
 )
+from trainer.metric.mining import batch_hard, smooth_hard
 from trainer.train import (
     check_folder,
     learning_rate,
@@ -27,6 +30,7 @@ from trainer.train import (
     make_optimizer,
     set_learning_rate,
 )
+from trainer.train_step import miner, train_step
 
 
 @pytest.mark.parametrize(
@@ -76,6 +80,87 @@ def test_sgd(momentum, nesterov):
     assert type(optimizer) is torch.optim.SGD
     for group, decay in zip(optimizer.param_groups, (0.1, 0), strict=True):
         assert (group["momentum"], group["nesterov"], group["weight_decay"]) == (momentum, nesterov, decay)
+
+
+class Table(nn.Module):
+    """Embeds picture i as row i of a table of points on the circle, given in degrees."""
+
+    def __init__(self, degrees: list[float]) -> None:
+        super().__init__()
+        self.angles = nn.Parameter(torch.tensor(degrees, dtype=torch.float64).deg2rad())
+
+    def forward(self, rows: torch.Tensor) -> torch.Tensor:
+        return torch.stack([self.angles[rows].cos(), self.angles[rows].sin()], 1)
+
+
+# Chords of the hardest triplets: d_ap 60, 60, 90, 90 degrees; d_an 60, 120, 60, 150 degrees.
+DEGREES, IDENTITIES = [60, 0, 120, 210], [0, 0, 1, 1]
+HARDEST = [(60, 60), (60, 120), (90, 60), (90, 150)]
+
+
+def expected_step(kind: str) -> tuple[float, int]:
+    """Sum and active count over the four anchors, from `HARDEST`."""
+    chord = {angle: 2 * math.sin(math.radians(angle) / 2) for angle in (60, 90, 120, 150)}
+    difference = [chord[positive] - chord[negative] for positive, negative in HARDEST]
+    if kind == "soft_margin":
+        return sum(math.log(1 + math.exp(x)) for x in difference), 4
+    losses = [max(0.0, x + 0.2) for x in difference]
+    return sum(losses), sum(loss > 0 for loss in losses)
+
+
+@pytest.mark.parametrize("kind", ["margin", "soft_margin"])
+def test_a_step_divides_the_sum_by_the_active_count_and_updates_once(kind):
+    model, losses = Table(DEGREES), []
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.01)
+    before = model.angles.detach().clone()
+
+    def backward(loss: torch.Tensor) -> None:
+        losses.append(loss.item())
+        loss.backward()
+        gradients.append(model.angles.grad.clone())
+
+    gradients: list[torch.Tensor] = []
+    batch = Batch(torch.arange(4), torch.tensor(IDENTITIES), torch.arange(4))
+    stats = train_step(model, batch, optimizer, LossConfig(kind=kind, margin=0.2), backward)
+    total, active = expected_step(kind)
+    assert losses == [pytest.approx(total / active, abs=1e-12)]
+    assert (stats.loss_sum.item(), stats.active.item()) == (pytest.approx(total, abs=1e-12), active)
+    assert active == {"margin": 2, "soft_margin": 4}[kind]
+    assert not stats.loss_sum.requires_grad
+    torch.testing.assert_close(model.angles.detach(), before - 0.01 * gradients[0], rtol=0, atol=1e-15)
+    assert gradients[0].any()
+    assert model.angles.grad is None
+
+
+def test_a_step_in_which_no_triplet_is_active_changes_nothing():
+    model = Table([0, 1, 180, 181])
+    before = model.angles.detach().clone()
+    optimizer = torch.optim.SGD(model.parameters(), lr=1)
+    batch = Batch(torch.arange(4), torch.tensor(IDENTITIES), torch.arange(4))
+    losses = []
+
+    def backward(loss: torch.Tensor) -> None:
+        losses.append(loss.item())
+        loss.backward()
+
+    stats = train_step(model, batch, optimizer, LossConfig(kind="margin", margin=0.2), backward)
+    assert (stats.active, losses) == (0, [0.0])
+    assert torch.equal(model.angles, before)
+
+
+@pytest.mark.parametrize("squared", [False, True])
+def test_the_settings_choose_the_miner(squared):
+    model, identities = Table(DEGREES), torch.tensor(IDENTITIES)
+    points = model(torch.arange(4)).detach()
+    args = (points, identities, points, identities, torch.arange(4))
+    distance = "squared" if squared else "root"
+    for kind, wanted in (
+        ("margin", batch_hard(*args, squared=squared)),
+        ("soft_margin", batch_hard(*args, squared=squared)),
+        ("smooth", smooth_hard(*args, sharpness=7.0, squared=squared)),
+    ):
+        found = miner(LossConfig(kind=kind, distance=distance, sharpness=7.0))(*args)
+        assert all(torch.equal(ours, theirs) for ours, theirs in zip(found, wanted, strict=True))
 
 
 def config_at(folder, **changed) -> TrainConfig:

@@ -65,7 +65,9 @@ def embed(
     damaged = all_reduce_sum(torch.tensor(len(loader.undecodable), device=device))
     if damaged:
         mine_damaged = ", ".join(loader.undecodable.values()) or "on another rank"
-        raise ValueError(f"{int(damaged)} pictures of split {split.name} do not decode ({mine_damaged}): run `facescale verify`")
+        raise ValueError(
+            f"{int(damaged)} pictures of split {split.name} do not decode ({mine_damaged}): run `facescale verify`"
+        )
     width = gather_rows(torch.tensor([part.shape[1] for part in parts[:1]], dtype=torch.int64, device=device))
     mine = torch.cat(parts) if parts else torch.empty((0, int(width[0])), device=device)
     identities = split.samples["identity"] if samples is None else split.samples["identity"][samples]

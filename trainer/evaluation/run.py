@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from data_shards.index import ShardSet, Split
 from data_shards.loader import LoaderConfig
 from trainer import checkpoint
+from trainer.collectives import broadcast_buffers
 from trainer.config import TrainConfig, load
 from trainer.evaluation.embed import PIXEL_SIZE, embed, raw_pixels
 from trainer.evaluation.protocols import ProtocolConfig, SetResult, check_open_set, closed_set, open_set
@@ -77,6 +78,7 @@ def evaluate_in_training(
     model: nn.Module, held_out: Split, config: TrainConfig, device: torch.device
 ) -> dict[str, float]:
     """Headline figures on the first `run.evaluate_images` images of held-out identities; every rank calls it."""
+    broadcast_buffers(model)
     samples = np.arange(min(len(held_out), config.run.evaluate_images))
     embeddings, identities = embed(model, held_out, config.data, samples=samples, device=device)
     protocol = ProtocolConfig(ranks=(1, 5), knn=(5,), fars=())

@@ -118,11 +118,14 @@ def _operating_point(point: Scalars) -> str:
 
 def _training(config: dict[str, Any], log: Sequence[dict[str, Any]]) -> str:
     model, loss, last = config.get("model", {}), config.get("loss", {}), log[-1]
-    soft = loss.get("kind") == "soft_margin"
-    words = "soft margin" if soft else f"margin {loss.get('margin', MISSING)}"
+    words = {
+        "soft_margin": "batch-hard, soft margin",
+        "margin": f"batch-hard, margin {loss.get('margin', MISSING)}",
+        "smooth": f"smooth batch-hard, margin {loss.get('margin', MISSING)}, sharpness {loss.get('sharpness', MISSING)}",
+    }.get(loss.get("kind", ""), MISSING)
     network = f"Trunk {model.get('trunk', MISSING)}, {model.get('embedding_size', MISSING)} dimensions"
     trained = f"{last['step']:,} steps, {last['images_seen']:,} images"
-    text = f"{network}; triplet loss with {words} on the {loss.get('distance', MISSING)} distance; {trained}."
+    text = f"{network}; triplet loss ({words}) on the {loss.get('distance', MISSING)} distance; {trained}."
     rates = [(line["images_per_s"], line["data_wait_percent"]) for line in log if "images_per_s" in line]
     if rates:
         speed, wait = (median(values) for values in zip(*rates, strict=True))

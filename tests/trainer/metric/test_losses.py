@@ -76,3 +76,24 @@ def test_soft_margin_counts_the_easiest_triplet_there_is_in_float32():
     """Squared distances differ by at most 4, so that the soft margin never rounds to 0."""
     _, active = triplet_loss(Triplets(torch.tensor([0.0]), torch.tensor([4.0]), torch.tensor([True])), None)
     assert active.item() == 1
+
+
+def test_sharpness_by_hand():
+    """Margin 0.2 and sharpness 10: the exponents are 10 (-0.1 + 0.2) = 1, 10 (-0.6 + 0.2) = -4, 10 (0.5 + 0.2) = 7."""
+    found = three()
+    loss, active = triplet_loss(found, 0.2, 10.0)
+    assert loss.item() == pytest.approx(sum(math.log(1 + math.exp(x)) / 10 for x in (1, -4, 7)), abs=1e-14)
+    assert active.item() == 3, "every valid anchor is active"
+    loss.backward()
+    slopes = [1 / (1 + math.exp(-x)) for x in (1, -4, 7)]
+    ap, an = gradients(found)
+    assert ap == pytest.approx([*slopes, 0])
+    assert an == pytest.approx([*(-slope for slope in slopes), 0])
+
+
+def test_the_sharp_loss_becomes_the_hinge():
+    """The two differ by at most log(2) / sharpness for each anchor, where the hinge bends."""
+    hinge, _ = triplet_loss(three(), 0.2)
+    for sharpness in (10.0, 100.0, 1000.0):
+        sharp, _ = triplet_loss(three(), 0.2, sharpness)
+        assert 0 <= sharp.item() - hinge.item() <= 3 * math.log(2) / sharpness

@@ -1,5 +1,6 @@
 import math
 import random
+from functools import partial
 
 import pytest
 import torch
@@ -9,7 +10,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from trainer.metric import mining
 from trainer.metric.losses import triplet_loss
-from trainer.metric.mining import batch_hard, select_hardest
+from trainer.metric.mining import Triplets, batch_hard, select_hardest, smooth_hard
 
 
 def points(count: int, size: int = 5, seed: int = 0) -> Tensor:
@@ -215,3 +216,118 @@ def test_identities_may_be_any_labels_and_embeddings_any_float_type():
     ids = torch.tensor([10**12, 10**12, -1, -1])
     assert mine_all(on_circle([0, 10, 90, 120]).float(), ids) == ([1, 0, 3, 2], [2, 2, 1, 1], [True] * 4)
     assert mine_all(on_circle([0, 10, 90, 120]).bfloat16(), ids) == ([1, 0, 3, 2], [2, 2, 1, 1], [True] * 4)
+
+
+def smooth_all(embeddings: Tensor, identities: Tensor, sharpness: float, squared: bool) -> Triplets:
+    columns = torch.arange(len(embeddings))
+    mine = partial(smooth_hard, sharpness=sharpness, squared=squared)
+    return mine(embeddings, identities, embeddings, identities, columns)
+
+
+def smooth_oracle(embeddings: list, identities: list, sharpness: float, squared: bool) -> list[tuple[float, float]]:
+    """(log sum exp of s d_ap) / s and -(log sum exp of -s d_an) / s of each anchor by plain loops."""
+    found = []
+    for i, (anchor, own) in enumerate(zip(embeddings, identities, strict=True)):
+        positive = negative = 0.0
+        for j, (candidate, other) in enumerate(zip(embeddings, identities, strict=True)):
+            distance = sum((a - b) ** 2 for a, b in zip(anchor, candidate, strict=True))
+            distance = distance if squared else math.sqrt(distance)
+            if own == other and i != j:
+                positive += math.exp(sharpness * distance)
+            if own != other:
+                negative += math.exp(-sharpness * distance)
+        found.append((math.log(positive) / sharpness, -math.log(negative) / sharpness))
+    return found
+
+
+@pytest.mark.parametrize("squared", [False, True])
+@pytest.mark.parametrize("sharpness", [0.5, 10.0])
+def test_smooth_against_the_oracle(squared, sharpness):
+    embeddings, identities = points(18), torch.arange(6).repeat_interleave(3)
+    found = smooth_all(embeddings, identities, sharpness, squared)
+    wanted = smooth_oracle(embeddings.tolist(), identities.tolist(), sharpness, squared)
+    assert found.positive_distance.tolist() == pytest.approx([positive for positive, _ in wanted], abs=1e-12)
+    assert found.negative_distance.tolist() == pytest.approx([negative for _, negative in wanted], abs=1e-12)
+    assert found.valid.all()
+
+
+def test_smooth_with_one_positive_and_one_negative_is_their_distance():
+    """At 0, 60, 180 degrees the chords are 1 and 2; the last point is alone with its identity."""
+    found = smooth_all(on_circle([0, 60, 180]), torch.tensor([0, 0, 1]), 7.0, squared=False)
+    assert found.positive_distance[:2].tolist() == pytest.approx([1, 1])
+    assert found.negative_distance[:2].tolist() == pytest.approx([2, math.sqrt(3)])
+    assert found.valid.tolist() == [True, True, False]
+
+
+@pytest.mark.parametrize("squared", [False, True])
+def test_smooth_bounds_batch_hard_and_becomes_it(squared):
+    """A log-sum-exp of n numbers times s, over s, is above their maximum by at most log(n) / s."""
+    embeddings, identities = points(24, 8), torch.arange(6).repeat_interleave(4)
+    hard = batch_hard(embeddings, identities, embeddings, identities, torch.arange(24), squared=squared)
+    for sharpness in (1.0, 30.0, 1000.0):
+        smooth = smooth_all(embeddings, identities, sharpness, squared)
+        above = smooth.positive_distance - hard.positive_distance
+        below = hard.negative_distance - smooth.negative_distance
+        assert -1e-12 < above.min() <= above.max() <= math.log(3) / sharpness
+        assert -1e-12 < below.min() <= below.max() <= math.log(20) / sharpness
+
+
+def test_smooth_knows_the_same_valid_anchors_and_the_anchors_own_column():
+    candidates = on_circle([0, 90, 0, 30, 200])
+    ids = torch.tensor([0, 1, 0, 0, 2])
+    mine = torch.tensor([2, 3, 4])
+    found = smooth_hard(candidates[2:], ids[2:], candidates, ids, mine, sharpness=1000.0)
+    hard = batch_hard(candidates[2:], ids[2:], candidates, ids, mine)
+    assert found.valid.tolist() == hard.valid.tolist() == [True, True, False]
+    assert found.positive_distance[:2].tolist() == pytest.approx(hard.positive_distance[:2].tolist(), abs=1e-3)
+
+
+@pytest.mark.parametrize("squared", [False, True])
+@pytest.mark.parametrize(
+    "identities", [[0, 0, 0], [0, 1, 2], [0, 0, 1]], ids=["one identity", "no positive", "one alone"]
+)
+def test_smooth_of_anchors_that_are_not_valid_is_finite_without_gradient(squared, identities):
+    embeddings = on_circle([0, 20, 50]).requires_grad_()
+    found = smooth_all(embeddings, torch.tensor(identities), 10.0, squared)
+    for distance in (found.positive_distance, found.negative_distance):
+        assert distance.isfinite().all()
+        (gradient,) = torch.autograd.grad(distance[~found.valid].sum(), embeddings, retain_graph=True)
+        assert not gradient.any()
+    loss, active = triplet_loss(found, 0.2, 10.0)
+    assert active == found.valid.sum() == (2 if identities == [0, 0, 1] else 0)
+    (gradient,) = torch.autograd.grad(loss, embeddings)
+    assert gradient.isfinite().all()
+    assert gradient.any() == found.valid.any()
+
+
+@pytest.mark.parametrize("squared", [False, True])
+def test_smooth_of_identical_embeddings_has_a_finite_gradient(squared):
+    embeddings = torch.tensor([[0.6, 0.8]]).repeat(4, 1).requires_grad_()
+    found = smooth_all(embeddings, torch.tensor([0, 0, 1, 1]), 10.0, squared)
+    loss, active = triplet_loss(found, 0.2, 10.0)
+    assert active == 4
+    (gradient,) = torch.autograd.grad(loss, embeddings)
+    assert gradient.isfinite().all()
+
+
+@pytest.mark.parametrize("squared", [False, True])
+def test_smooth_gradient_against_differences(squared):
+    """Every pair carries gradient: compared with central differences of the function, float64."""
+    identities = torch.arange(4).repeat_interleave(3)
+
+    def loss(embeddings: Tensor) -> Tensor:
+        return triplet_loss(smooth_all(embeddings, identities, 3.0, squared), 0.2, 3.0)[0]
+
+    embeddings = points(12, 3)
+    assert torch.autograd.gradcheck(loss, embeddings.requires_grad_(), atol=1e-7)
+    (gradient,) = torch.autograd.grad(loss(embeddings), embeddings)
+    assert gradient.abs().min() > 1e-6
+
+
+def test_smooth_has_no_gradient_between_points_that_single_precision_cannot_tell_apart():
+    """0.01 degrees are 3e-8 in squared distance; the root's slope there would be 3,000 times a rounding error's sign."""
+    embeddings = on_circle([0, 0.01, 180]).float().requires_grad_()
+    found = smooth_all(embeddings, torch.tensor([0, 0, 1]), 10.0, squared=False)
+    assert found.positive_distance[:2].tolist() == pytest.approx([1e-3, 1e-3], rel=1e-3)
+    (gradient,) = torch.autograd.grad(found.positive_distance[:2].sum(), embeddings)
+    assert not gradient.any()
