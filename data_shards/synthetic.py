@@ -118,17 +118,17 @@ def draw_view(seed: int, identity: int, image: int) -> View:
     def u(low: float, high: float) -> float:
         return float(rng.uniform(low, high))
 
-    azimuth, height = n(0.55, 1.1), u(-0.1, 0.8)
+    azimuth, height = n(0.5, 1.0), u(-0.1, 0.8)
     light = (np.sin(azimuth) * np.cos(height), -np.sin(height), np.cos(azimuth) * np.cos(height))
-    gain, share, warm, tint = u(0.82, 1.18), u(0.25, 0.55), n(0.04, 0.08), n(0.015, 0.03)
+    gain, share, warm, tint = u(0.86, 1.14), u(0.25, 0.5), n(0.025, 0.05), n(0.01, 0.02)
     cast = np.array([1 + warm, 1 + tint, 1 - warm])
     opposite = np.array([1 - 0.5 * warm, 1, 1 + 0.5 * warm])
     return View(
-        yaw=n(0.19, 0.45),
-        pitch=n(0.09, 0.22),
-        roll=n(0.08, 0.22),
-        scale=u(0.35, 0.42),
-        centre=(0.5 + n(0.03, 0.07), 0.51 + n(0.03, 0.07)),
+        yaw=n(0.11, 0.28),
+        pitch=n(0.06, 0.15),
+        roll=n(0.06, 0.16),
+        scale=u(0.38, 0.43),
+        centre=(0.5 + n(0.02, 0.05), 0.51 + n(0.02, 0.05)),
         smile=n(0.45, 1.0),
         open=max(0.0, u(-1.2, 1.0)),
         blink=max(0.0, u(-5, 1.0)) if rng.random() < 0.5 else u(0, 0.2),
@@ -137,15 +137,15 @@ def draw_view(seed: int, identity: int, image: int) -> View:
         light=(float(light[0]), float(light[1]), float(light[2])),
         key=_colour(1.0 * gain * share * 1.3 * cast),
         ambient=_colour(gain * (1 - share) * opposite),
-        gamma=float(np.exp(n(0.07, 0.14))),
-        saturation=u(0.85, 1.15),
+        gamma=float(np.exp(n(0.05, 0.1))),
+        saturation=u(0.9, 1.1),
         clothes=_colour(rng.uniform(15, 240, 3)),
-        occluder=str(rng.choice(OCCLUDERS)) if rng.random() < 0.12 else "",
+        occluder=str(rng.choice(OCCLUDERS)) if rng.random() < 0.08 else "",
         occluder_at=(u(0, 1), u(0, 1), u(0, 1)),
         occluder_colour=_colour(rng.uniform(20, 235, 3)),
-        blur=max(0.0, u(-0.006, 0.007)),
-        motion=(u(0.01, 0.03) if rng.random() < 0.1 else 0.0, u(0, np.pi)),
-        noise=u(0, 8),
+        blur=max(0.0, u(-0.008, 0.005)),
+        motion=(u(0.01, 0.03) if rng.random() < 0.06 else 0.0, u(0, np.pi)),
+        noise=u(0, 6),
         quality=int(rng.integers(60, 96)),
         texture_seed=int(rng.integers(2**62)),
     )

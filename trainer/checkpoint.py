@@ -47,7 +47,7 @@ class Checkpoint:
             if names:
                 raise ValueError(
                     f"checkpoint {self.folder} is of another architecture: it {what} {min(names)} "
-                    f"({len(names)} such); check model.trunk and model.embedding_size"
+                    f"({len(names)} such); check model.trunk, model.embedding_size and model.head_batchnorm"
                 )
         model.load_state_dict(state)
 

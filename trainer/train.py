@@ -24,7 +24,7 @@ from data_shards.progress import progress
 from trainer import checkpoint, telemetry
 from trainer.collectives import barrier, rank, shutdown, world_size
 from trainer.config import OptimizerConfig, RunConfig, TrainConfig, UsageError, load, parse, save
-from trainer.evaluation.run import evaluate_in_training
+from trainer.evaluation.run import check_in_training, evaluate_in_training
 from trainer.model import Embedder, parameter_groups
 from trainer.train_step import train_step
 
@@ -38,7 +38,7 @@ def train(config: TrainConfig, accelerator: Accelerator) -> None:
     plan = Plan(split.starts, config.plan, config.run.seed)
     batch_size = per_rank(config.plan, world_size())
     steps = config.run.steps or config.run.epochs * plan.steps_per_epoch
-    held_out = _held_out(shards, config.run)
+    held_out = _held_out(shards, config)
     check_folder(config)
 
     set_seed(config.run.seed)
@@ -93,8 +93,13 @@ def train(config: TrainConfig, accelerator: Accelerator) -> None:
     accelerator.end_training()
 
 
-def _held_out(shards: ShardSet, run: RunConfig) -> Split | None:
-    return shards.split("unseen_identities") if run.evaluate_every else None
+def _held_out(shards: ShardSet, config: TrainConfig) -> Split | None:
+    """The split that is evaluated in training, checked to be large enough, or None."""
+    if not config.run.evaluate_every:
+        return None
+    split = shards.split("unseen_identities")
+    check_in_training(split, config)
+    return split
 
 
 def check_folder(config: TrainConfig) -> None:
@@ -233,6 +238,10 @@ def main(argv: Sequence[str] | None = None, prog: str = "python -m trainer.train
         if first:
             print(f"facescale: {error}", file=sys.stderr)
         return 2 if isinstance(error, UsageError) else 1
+    except KeyboardInterrupt:
+        if first:
+            print("facescale: interrupted; --run.resume goes on from the newest checkpoint", file=sys.stderr)
+        return 1
     finally:
         shutdown()
     return 0

@@ -28,6 +28,8 @@ from trainer.model import Embedder
 EVALUATION, CHECKPOINTS, CONFIG = "evaluation", "checkpoints", "config.yaml"
 SETS = {"unseen_identities": UNSEEN_IDENTITIES, "unseen_images": UNSEEN_IMAGES}
 
+IN_TRAINING = ProtocolConfig(ranks=(1, 5), knn=(5,), fars=())
+
 Embed = Callable[[Split, np.ndarray | None], tuple[Tensor, Tensor]]
 
 
@@ -74,20 +76,33 @@ def evaluate(
     return rows
 
 
+def check_in_training(held_out: Split, config: TrainConfig) -> None:
+    """Refuses, before training, held-out identities that `evaluate_in_training` could not judge.
+
+    Raises:
+        ValueError: see `check_open_set`.
+    """
+    labels = held_out.samples["identity"][_in_training(held_out, config)]
+    check_open_set(torch.from_numpy(labels.astype(np.int64)), IN_TRAINING)
+
+
+def _in_training(held_out: Split, config: TrainConfig) -> np.ndarray:
+    return np.arange(min(len(held_out), config.run.evaluate_images))
+
+
 def evaluate_in_training(
     model: nn.Module, held_out: Split, config: TrainConfig, device: torch.device
 ) -> dict[str, float]:
     """Headline figures on the first `run.evaluate_images` images of held-out identities; every rank calls it."""
     broadcast_buffers(model)
-    samples = np.arange(min(len(held_out), config.run.evaluate_images))
+    samples = _in_training(held_out, config)
     embeddings, identities = embed(model, held_out, config.data, samples=samples, device=device)
-    protocol = ProtocolConfig(ranks=(1, 5), knn=(5,), fars=())
     result = open_set(
         embeddings,
         identities,
         margin=config.loss.effective_margin,
         squared=config.loss.squared,
-        config=protocol,
+        config=IN_TRAINING,
         device=str(device),
     )
     return {name: value for name, value in result.headline().items() if value is not None}

@@ -33,4 +33,5 @@ def triplet_loss(triplets: Triplets, margin: float | None, sharpness: float | No
     else:
         loss = softplus(sharpness * difference) / sharpness
     loss = loss.masked_fill(~triplets.valid, 0)
-    return loss.sum(), (loss > 0).sum()
+    hinge = margin is not None and sharpness is None
+    return loss.sum(), (loss > 0 if hinge else triplets.valid).sum()
