@@ -11,7 +11,8 @@ from pathlib import Path
 import cv2
 import numpy as np
 
-from data_shards.faces import OCCLUDERS, Colour, Identity, Image, View, paint
+from data_shards.face_model import OCCLUDERS, Colour, Identity, Image, View
+from data_shards.faces import paint
 from data_shards.progress import progress
 
 _IDENTITY, _VIEW = 1, 2  # SeedSequence pads with zeros, so the two kinds of draw are told apart by a leading word

@@ -9,7 +9,8 @@ import numpy as np
 import pytest
 
 from data_shards import synthetic
-from data_shards.faces import OCCLUDERS, paint
+from data_shards.face_model import OCCLUDERS
+from data_shards.faces import paint
 from data_shards.synthetic import draw_identity, draw_view, encode, render, synthesize
 
 
