@@ -6,7 +6,6 @@
 PYTHON ?= $(shell command -v python3.11 || command -v python3)
 BIN := .venv/bin
 STAMP := .venv/.installed
-DEMO := demo
 PROCESSES ?= 2
 
 .PHONY: setup demo test lint gpu-check clean
@@ -22,13 +21,13 @@ $(STAMP): requirements.lock pyproject.toml
 	@touch $@
 
 demo: $(STAMP)
-	rm -rf $(DEMO)
-	$(BIN)/facescale synthesize $(DEMO)/pictures --identities 400 --images-per-identity 20 --size 112 --seed 1
-	$(BIN)/facescale shard $(DEMO)/pictures $(DEMO)/shards --holdout-identities 100 --holdout-images 2
+	rm -rf demo
+	$(BIN)/facescale synthesize demo/pictures --identities 400 --images-per-identity 20 --size 112 --seed 1
+	$(BIN)/facescale shard demo/pictures demo/shards --holdout-identities 100 --holdout-images 2
 	$(BIN)/accelerate launch --config_file launch/accelerate/cpu.yaml --num_processes $(PROCESSES) \
 	    -m trainer.train --config launch/recipes/demo.yaml
-	$(BIN)/facescale evaluate $(DEMO)/run
-	$(BIN)/facescale report $(DEMO)/run
+	$(BIN)/facescale evaluate demo/run
+	$(BIN)/facescale report demo/run
 
 test: $(STAMP)
 	$(BIN)/python -m pytest
@@ -42,4 +41,4 @@ gpu-check: $(STAMP)
 	$(BIN)/python benchmarks/gpu_check.py
 
 clean:
-	rm -rf $(DEMO) build *.egg-info .pytest_cache .ruff_cache .mypy_cache
+	rm -rf demo build *.egg-info .pytest_cache .ruff_cache .mypy_cache

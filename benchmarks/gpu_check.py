@@ -69,7 +69,7 @@ def _table(device: str, gpus: int, ran: list[tuple[str, int, float]]) -> None:
         print(f"{name:28} {'ok' if code == 0 else f'FAILED ({code})':12} {seconds:8.1f} s")
     log = FOLDER / "run" / "log.jsonl"
     if log.is_file():
-        lines = [json.loads(line) for line in log.read_text().splitlines()][1:]  # the first one warms up
+        lines = [json.loads(line) for line in log.read_text().splitlines()][-20:]  # the first ones warm up
         rates = [line["images_per_s"] for line in lines]
         waits = [line["data_wait_percent"] for line in lines]
         print(f"\ntraining: median {statistics.median(rates):,.0f} images/s ({min(rates):,.0f} to {max(rates):,.0f}),")

@@ -114,11 +114,9 @@ def _reserve(out: Path) -> Path:
         raise ValueError(f"output {out} exists and is not empty: nothing was touched, give a new folder")
     if os.path.ismount(out):
         raise ValueError(f"output {out} is a mount point, which cannot be replaced in one step: give a folder in it")
-    if not out.parent.is_dir():
-        raise ValueError(f"output {out} cannot be made: {out.parent} is no folder")
     partial = out.with_name(f"{out.name}.partial-{os.getpid()}")
     try:
-        partial.mkdir()
+        partial.mkdir(parents=True)
     except OSError as error:
         raise ValueError(f"output {out} cannot be made: {partial}: {error.strerror}") from None
     return partial

@@ -71,6 +71,11 @@ class ShardSet:
         return self.manifest["identities"]
 
     @property
+    def fingerprint(self) -> str:
+        """SHA-256 of the training split's index, which has the checksum of every picture."""
+        return self.manifest["splits"]["train"]["index_sha256"]
+
+    @property
     def splits(self) -> tuple[str, ...]:
         """Names of the splits that this set has, in the order of `SPLITS`."""
         return tuple(name for name in SPLITS if name in self.manifest["splits"])

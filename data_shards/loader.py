@@ -16,6 +16,9 @@ from data_shards.index import Split
 from data_shards.plan import Draws, Plan, contiguous_slice, per_rank
 from data_shards.reader import TarReader
 
+READ_AHEAD = 4
+"""Batches whose bytes the kernel is asked for before they are needed."""
+
 
 @dataclass(frozen=True)
 class Batch:
@@ -73,6 +76,7 @@ class Loader:
         self._reader = TarReader(self.split)
         self._fed: deque[Draws] = deque()
         self._again: deque[Draws] = deque()
+        self._coming: deque[Draws] = deque()
         self._decoder = self._make_decoder()
 
     def __iter__(self) -> Self:
@@ -94,8 +98,17 @@ class Loader:
     def _make_decoder(self) -> Decoder:
         return Decoder(self._feed, self.batch_size, self.config.image_size, self.device, self.config.threads)
 
+    def _next_draws(self) -> Draws:
+        """The next draws, after asking the kernel for the bytes of those `READ_AHEAD` batches further on."""
+        while len(self._coming) <= READ_AHEAD and (draws := next(self.draws, None)) is not None:
+            self._reader.read_ahead(draws.samples)
+            self._coming.append(draws)
+        if not self._coming:
+            raise StopIteration
+        return self._with_replacements(self._coming.popleft())
+
     def _feed(self) -> tuple[Encoded, Augmentation]:
-        draws = self._again.popleft() if self._again else self._with_replacements(next(self.draws))
+        draws = self._again.popleft() if self._again else self._next_draws()
         self._fed.append(draws)
         rows = self.split.samples[draws.samples]
         width, height = rows["width"].astype(np.int64), rows["height"].astype(np.int64)
@@ -103,7 +116,6 @@ class Loader:
             parameters = central_square(width, height)
         else:
             parameters = augment(self.augmentation[0], self.augmentation[1], draws, width, height)
-        self._reader.read_ahead(draws.samples)
         return self._reader.read(draws.samples), parameters
 
     def _replace_undecodable(self, error: DecodeError) -> None:

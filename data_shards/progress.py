@@ -3,11 +3,14 @@
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
+from contextvars import ContextVar
 from typing import Protocol
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, Task, TextColumn, TimeRemainingColumn
 from rich.text import Text
+
+_running: ContextVar[Progress | None] = ContextVar("running", default=None)
 
 
 class Advance(Protocol):
@@ -31,8 +34,17 @@ def progress(description: str, total: int, unit: str = "images", enabled: bool =
         unit: what an item is, in the plural.
         enabled: False keeps it quiet (ranks other than 0).
     """
+    if (running := _running.get()) is not None:  # a terminal has one live display: a bar inside another joins it
+        task = running.add_task(description, total=total, unit=unit, visible=enabled)
+        yield lambda done=1: running.advance(task, done)
+        running.remove_task(task)
+        return
     quiet = not (enabled and sys.stderr.isatty())
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), _Rate(""), TimeRemainingColumn())
-    with Progress(*columns, console=Console(stderr=True), disable=quiet) as bar:
+    with Progress(*columns, console=Console(file=sys.stderr), disable=quiet) as bar:
         task = bar.add_task(description, total=total, unit=unit)
-        yield lambda done=1: bar.advance(task, done)
+        token = _running.set(bar)
+        try:
+            yield lambda done=1: bar.advance(task, done)
+        finally:
+            _running.reset(token)

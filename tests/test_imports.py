@@ -10,6 +10,7 @@ ROOT = Path(__file__).resolve().parents[1]
 
 LEVELS = {
     "config": 0,
+    "precision": 0,
     "collectives": 1,
     "model": 1,
     "metric": 1,

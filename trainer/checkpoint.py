@@ -4,7 +4,7 @@ RUN/checkpoints/step-00000500/
     model.safetensors    weights
     optimizer.pt         optimiser state (DDP), read with weights_only=True
     deepspeed/           the engine's own files (DeepSpeed), one optimiser part a rank
-    state.json           step, world size, SHA-256 of every other file
+    state.json           step, world size, fingerprint of the training pictures, SHA-256 of every other file
 RUN/checkpoints/latest   name of the newest
 """
 
@@ -32,6 +32,11 @@ class Checkpoint:
 
     folder: Path
     step: int
+
+    def check_shards(self, fingerprint: str) -> None:
+        """Raises ValueError unless the checkpoint was trained on the training pictures with this fingerprint."""
+        if json.loads((self.folder / _STATE).read_text()).get("shards") != fingerprint:
+            raise ValueError(f"checkpoint {self.folder} was trained on other pictures than data.shards now holds")
 
     def load_model(self, model: nn.Module) -> None:
         """Puts the weights into an unwrapped model.
@@ -74,13 +79,23 @@ class Checkpoint:
         engine.load_checkpoint(str(self.folder), tag=_ENGINE)
 
 
-def save(folder: Path, step: int, model: nn.Module, optimizer: Any, *, engine: Any = None, keep: int = 2) -> Checkpoint:
+def save(
+    folder: Path,
+    step: int,
+    model: nn.Module,
+    optimizer: Any,
+    *,
+    engine: Any = None,
+    keep: int = 2,
+    shards: str = "",
+) -> Checkpoint:
     """Writes a checkpoint; every rank calls it. Older ones beyond `keep` go only after the new one is complete.
 
     Args:
         folder: RUN/checkpoints.
         model: unwrapped.
         engine: DeepSpeed's engine, or None.
+        shards: fingerprint of the training pictures.
     """
     final, aside = folder / f"step-{step:08d}", folder / f".step-{step:08d}.partial"
     if rank() == 0:
@@ -96,7 +111,13 @@ def save(folder: Path, step: int, model: nn.Module, optimizer: Any, *, engine: A
             torch.save(optimizer.state_dict(), aside / _OPTIMIZER)
         files = sorted(path for path in aside.rglob("*") if path.is_file())
         digests = {str(path.relative_to(aside)): _sha256(path) for path in files}
-        state = {"step": step, "world_size": world_size(), "torch": torch.__version__, "sha256": digests}
+        state = {
+            "step": step,
+            "world_size": world_size(),
+            "torch": torch.__version__,
+            "shards": shards,
+            "sha256": digests,
+        }
         (aside / _STATE).write_text(json.dumps(state, indent=1))
         for path in [*files, aside / _STATE, aside]:
             _flush(path)

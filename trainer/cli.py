@@ -226,7 +226,7 @@ def _add_evaluate(commands: argparse._SubParsersAction) -> None:
 def _evaluate(args: argparse.Namespace) -> int:
     from trainer.evaluation.protocols import ProtocolConfig
     from trainer.evaluation.run import evaluate
-    from trainer.evaluation.tables import main_table
+    from trainer.evaluation.tables import main_table, rank1_line
 
     protocol = ProtocolConfig(
         gallery_images_per_identity=args.gallery_images,
@@ -235,7 +235,7 @@ def _evaluate(args: argparse.Namespace) -> int:
         seed=args.seed,
     )
     rows = evaluate(args.run, shards=args.shards, protocol=protocol, device=_device(args.device))
-    print(main_table(rows))
+    print(f"{main_table(rows)}\n\n{rank1_line(rows)}")
     return 0
 
 

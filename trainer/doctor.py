@@ -48,7 +48,12 @@ def _tried(name: str, part: Callable[[], Check]) -> Check:
     try:
         return part()
     except Exception as error:  # whatever a broken installation raises is the finding
-        return Check(name, False, f"{type(error).__name__}: {' '.join(str(error).split())}", "reinstall: make setup")
+        return Check(
+            name,
+            False,
+            f"{type(error).__name__}: {' '.join(str(error).split())}",
+            "reinstall: rm -rf .venv && make setup",
+        )
 
 
 def _packages() -> Check:
@@ -57,11 +62,12 @@ def _packages() -> Check:
 
 
 def _cpu() -> Check:
-    import torch
+    from trainer.precision import cpu_has_bf16
 
-    bf16 = torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
     cores = len(os.sched_getaffinity(0))
-    return Check("cpu", True, f"{cores} cores, bf16 {'in hardware' if bf16 else 'emulated: training uses fp32'}")
+    return Check(
+        "cpu", True, f"{cores} cores, bf16 {'in hardware' if cpu_has_bf16() else 'emulated: training uses fp32'}"
+    )
 
 
 def _gpu() -> Check:

@@ -18,7 +18,8 @@ _STD = (0.229, 0.224, 0.225)
 class Embedder(nn.Module):
     """Pictures to points on the unit sphere.
 
-    The first operation normalises, on the device, so that batches travel as uint8.
+    The first operation normalises, on the device, so that batches travel as uint8. With `bf16` the layers run under autocast
+    here, and not in a wrapper, so that DDP, DeepSpeed and evaluation compute alike; parameters and embeddings stay float32.
 
     Raises:
         ValueError: the weights' file is missing, is no state dict, or belongs to another architecture.
@@ -28,9 +29,9 @@ class Embedder(nn.Module):
     mean: Tensor
     std: Tensor
 
-    def __init__(self, config: ModelConfig) -> None:
+    def __init__(self, config: ModelConfig, bf16: bool = False) -> None:
         super().__init__()
-        self.config = config
+        self.config, self.bf16 = config, bf16
         trunk = getattr(torchvision.models, config.trunk)(weights=None)
         width = trunk.fc.in_features
         trunk.fc = nn.Identity()
@@ -46,8 +47,9 @@ class Embedder(nn.Module):
     def forward(self, images: Tensor) -> Tensor:
         """uint8 in [0, 255], shape (b, 3, H, W) -> unit-norm embeddings, float32 or wider, shape (b, d)."""
         pixels = (images.to(self.mean.dtype) / 255 - self.mean) / self.std  # (b, 3, H, W)
-        points = self.head_norm(self.head(self.trunk(pixels)))  # (b, d)
-        return normalize(points.to(self.mean.dtype))
+        with torch.autocast(images.device.type, torch.bfloat16, enabled=self.bf16):
+            embeddings = self.head_norm(self.head(self.trunk(pixels)))  # (b, d)
+        return normalize(embeddings.to(self.mean.dtype))
 
 
 def _load_trunk(trunk: nn.Module, config: ModelConfig) -> None:

@@ -22,7 +22,6 @@ class Telemetry:
         folder: the run folder.
         global_batch: images of one step over all ranks.
         track: sends (values, step) to the trackers.
-        device: of the statistics.
     """
 
     def __init__(
@@ -30,9 +29,8 @@ class Telemetry:
         folder: Path,
         global_batch: int,
         track: Callable[[dict[str, float], int], None],
-        device: torch.device,
     ) -> None:
-        self._folder, self._global_batch, self._track, self._device = folder, global_batch, track, device
+        self._folder, self._global_batch, self._track = folder, global_batch, track
         self._restart()
 
     def _restart(self) -> None:
@@ -55,13 +53,13 @@ class Telemetry:
     def log(self, step: int, epoch: float, learning_rate: float) -> dict[str, float]:
         """Writes one line on rank 0 for the steps since the last one; every rank calls it. Syncs with the device."""
         assert self._sums is not None, "log without a step"
-        loss, active, valid, d_ap, d_an = all_reduce_sum(self._sums).tolist()
+        loss, count, active, valid, d_ap, d_an = all_reduce_sum(self._sums).tolist()
         seconds = time.perf_counter() - self._since
         line = {
             "step": step,
             "epoch": round(epoch, 4),
             "images_seen": step * self._global_batch,
-            "loss": loss / max(active, 1),
+            "loss": loss / max(count, 1),
             "active_fraction": active / max(valid, 1),
             "d_ap": d_ap / max(valid, 1),
             "d_an": d_an / max(valid, 1),
@@ -109,13 +107,14 @@ def _step(line: str) -> float:
 
 
 def _totals(stats: StepStats) -> Tensor:
-    """Loss, active, valid, d_ap, d_an summed over this rank's valid anchors, shape (5,), float64."""
-    triplets = stats.triplets
+    """Loss, its count, active, valid, d_ap, d_an summed over this rank's valid anchors, shape (6,), float64."""
+    hardest = stats.hardest
     parts = (
         stats.loss_sum,
+        stats.divisor,
         stats.active,
-        triplets.valid.sum(),
-        (triplets.positive_distance.detach() * triplets.valid).sum(),
-        (triplets.negative_distance.detach() * triplets.valid).sum(),
+        hardest.valid.sum(),
+        (hardest.positive_distance * hardest.valid).sum(),
+        (hardest.negative_distance * hardest.valid).sum(),
     )
     return torch.stack([part.double() for part in parts])

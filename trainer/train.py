@@ -1,7 +1,7 @@
 """Training: wiring, loop, main(). Start it with `accelerate launch -m trainer.train --config FILE`.
 
-Not yet run, for want of a GPU: what reads `cpu` as false below (NCCL, which accelerate chooses; cuDNN's autotuning; the bf16 test
-by compute capability) and `model.sync_batchnorm`.
+Not yet run, for want of a GPU: what reads `cpu` as false below (NCCL, which accelerate chooses; cuDNN's autotuning) and
+`model.sync_batchnorm`.
 """
 
 import math
@@ -26,6 +26,7 @@ from trainer.collectives import barrier, rank, shutdown, world_size
 from trainer.config import OptimizerConfig, RunConfig, TrainConfig, UsageError, load, parse, save
 from trainer.evaluation.run import check_in_training, evaluate_in_training
 from trainer.model import Embedder, parameter_groups
+from trainer.precision import use_bf16
 from trainer.train_step import train_step
 
 CONFIG, CHECKPOINTS = "config.yaml", "checkpoints"
@@ -48,6 +49,7 @@ def train(config: TrainConfig, accelerator: Accelerator) -> None:
     start = 0
     if config.run.resume:
         found = checkpoint.latest(checkpoints)
+        found.check_shards(shards.fingerprint)
         found.load_training(bare, optimizer, engine)
         start = found.step
         if rank() == 0:
@@ -69,8 +71,15 @@ def train(config: TrainConfig, accelerator: Accelerator) -> None:
         world_size=world_size(),
         device=accelerator.device,
     )
-    report = telemetry.Telemetry(
-        config.run.folder, config.plan.batch_size, partial(_track, accelerator), accelerator.device
+    report = telemetry.Telemetry(config.run.folder, config.plan.batch_size, accelerator.log)
+    write_checkpoint = partial(
+        checkpoint.save,
+        checkpoints,
+        model=bare,
+        optimizer=optimizer,
+        engine=engine,
+        keep=config.run.keep_checkpoints,
+        shards=shards.fingerprint,
     )
     with progress("train", steps, "steps", enabled=rank() == 0) as advance:
         advance(start)
@@ -86,7 +95,7 @@ def train(config: TrainConfig, accelerator: Accelerator) -> None:
                     report.evaluation(step, evaluate_in_training(bare, held_out, config, accelerator.device))
             if step % config.run.checkpoint_every == 0 or step == steps:
                 with report.paused():
-                    checkpoint.save(checkpoints, step, bare, optimizer, engine=engine, keep=config.run.keep_checkpoints)
+                    write_checkpoint(step=step)
             advance(1)
     for key in loader.undecodable.values():
         print(f"facescale: {key} did not decode and was replaced: run `facescale verify`", file=sys.stderr)
@@ -126,22 +135,26 @@ def make_folder(config: TrainConfig) -> None:
 
 def _check_same_settings(config: TrainConfig) -> None:
     """What decides the batches, the network and the schedule must be as it was; the rest of `run` may change."""
+    if not (config.run.folder / CONFIG).is_file():
+        raise ValueError(f"cannot resume {config.run.folder}: there is no run, it has no {CONFIG}")
     earlier = load(config.run.folder / CONFIG)
     for section in ("plan", "augment", "model", "loss", "optimizer"):
         was, now = getattr(earlier, section), getattr(config, section)
         if was != now:
             raise ValueError(f"cannot resume {config.run.folder}: it was trained with {was}, now {now} is asked for")
-    for name in ("seed", "steps", "epochs"):
-        was, now = getattr(earlier.run, name), getattr(config.run, name)
+    pairs = [
+        (f"run.{name}", getattr(earlier.run, name), getattr(config.run, name)) for name in ("seed", "steps", "epochs")
+    ]
+    for name, was, now in [*pairs, ("data.image_size", earlier.data.image_size, config.data.image_size)]:
         if was != now:
-            raise ValueError(f"cannot resume {config.run.folder}: run.{name} was {was}, now {now} is asked for")
+            raise ValueError(f"cannot resume {config.run.folder}: {name} was {was}, now {now} is asked for")
 
 
 def _prepare(
     config: TrainConfig, accelerator: Accelerator, batch_size: int
 ) -> tuple[nn.Module, Optimizer, nn.Module | None]:
     """Model and optimiser as accelerate wraps them, and DeepSpeed's engine where it is used."""
-    module: nn.Module = Embedder(config.model)
+    module: nn.Module = Embedder(config.model, use_bf16(config.run.precision, accelerator.device))
     if config.model.sync_batchnorm:
         if accelerator.device.type != "cuda":
             raise ValueError("model.sync_batchnorm is True; PyTorch has it on GPUs only")
@@ -166,10 +179,11 @@ def make_optimizer(model: nn.Module, config: OptimizerConfig) -> Optimizer:
 
 
 def learning_rate(config: OptimizerConfig, step: int, steps: int) -> float:
-    """Of step 1, 2, … `steps`: linear warm-up, then half a cosine down to 0. Source: Loshchilov, Hutter 2017."""
+    """Of step 1, 2, … `steps`: linear warm-up, then half a cosine down towards 0, which step
+    `steps` + 1 would reach. Source: Loshchilov, Hutter 2017."""
     if step <= config.warmup_steps:
         return config.learning_rate * step / config.warmup_steps
-    done = (step - config.warmup_steps) / max(1, steps - config.warmup_steps)
+    done = (step - config.warmup_steps - 1) / max(1, steps - config.warmup_steps)
     return config.learning_rate * 0.5 * (1 + math.cos(math.pi * min(1.0, done)))
 
 
@@ -183,7 +197,6 @@ def set_learning_rate(optimizer: Optimizer, config: OptimizerConfig, step: int, 
 def make_accelerator(config: RunConfig) -> Accelerator:
     """One for the launcher's ranks. Without a GPU the process group is gloo, also under DeepSpeed."""
     cpu = config.device == "cpu" or not torch.cuda.is_available()
-    bf16 = config.precision == "bf16" or (config.precision == "auto" and _bf16_pays(cpu))
     deepspeed = os.environ.get("ACCELERATE_USE_DEEPSPEED", "false").lower() == "true"
     handlers: list[KwargsHandler] = [DistributedDataParallelKwargs(gradient_as_bucket_view=True)]
     if cpu:
@@ -193,7 +206,7 @@ def make_accelerator(config: RunConfig) -> Accelerator:
         torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // local_ranks))
     accelerator = Accelerator(
         cpu=cpu and not deepspeed,  # accelerate takes cpu=True for "not DeepSpeed"
-        mixed_precision="bf16" if bf16 else "no",
+        mixed_precision="no",  # the model's own autocast is what run.precision sets
         kwargs_handlers=handlers,
         log_with="tensorboard" if config.tensorboard else None,
         project_dir=config.folder,
@@ -203,31 +216,21 @@ def make_accelerator(config: RunConfig) -> Accelerator:
     return accelerator
 
 
-def _bf16_pays(cpu: bool) -> bool:
-    """Whether the device has bf16 instructions. On a GPU: compute capability 8.0 (Ampere) and later."""
-    if cpu:
-        return torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
-    return torch.cuda.get_device_capability() >= (8, 0)
-
-
-def _track(accelerator: Accelerator, values: dict[str, float], step: int) -> None:
-    accelerator.log(values, step=step)
-
-
 def _headline(split: Split, plan: Plan, config: TrainConfig, accelerator: Accelerator, start: int, steps: int) -> str:
     told, asked = plan.summary(), config.plan
+    precision = "bf16" if use_bf16(config.run.precision, accelerator.device) else "fp32"
     return (
         f"facescale: {len(split):,} images of {told.identities:,} identities ({told.single_image_identities:,} more have one "
         f"image and are left out); P x K = {asked.identities_per_batch} x {asked.images_per_identity} over {world_size()} "
         f"rank(s); {told.steps_per_epoch:,} steps an epoch repeat {told.groups_repeated:,} and leave out "
-        f"{told.groups_left_out:,} of {told.groups:,} groups; step {start:,} to {steps:,}; {accelerator.device}, "
-        f"{accelerator.mixed_precision}; torch {torch.__version__}, torchvision {torchvision.__version__}"
+        f"{told.groups_left_out:,} of {told.groups:,} groups; step {start:,} to {steps:,}; {accelerator.device}, {precision}; "
+        f"torch {torch.__version__}, torchvision {torchvision.__version__}"
     )
 
 
 def main(argv: Sequence[str] | None = None, prog: str = "python -m trainer.train") -> int:
-    """Exit code 0, 1 (failed) or 2 (usage). Only rank 0 says what is wrong."""
-    first = os.environ.get("RANK", "0") == "0"
+    """Exit code 0, 1 (failed) or 2 (usage). One rank of each machine says what is wrong."""
+    first = os.environ.get("LOCAL_RANK", "0") == "0"
     try:
         config = parse(sys.argv[1:] if argv is None else argv, prog)
         accelerator = make_accelerator(config.run)
@@ -236,11 +239,16 @@ def main(argv: Sequence[str] | None = None, prog: str = "python -m trainer.train
         if os.environ.get("FACESCALE_TRACEBACK"):
             raise
         if first:
-            print(f"facescale: {error}", file=sys.stderr)
+            print(f"facescale: {' '.join(str(error).split())}", file=sys.stderr)
         return 2 if isinstance(error, UsageError) else 1
+    except SystemExit as stop:  # --help
+        return int(stop.code or 0)
     except KeyboardInterrupt:
         if first:
-            print("facescale: interrupted; --run.resume goes on from the newest checkpoint", file=sys.stderr)
+            print(
+                "facescale: interrupted; --run.resume goes on from the newest checkpoint, if there is one",
+                file=sys.stderr,
+            )
         return 1
     finally:
         shutdown()

@@ -11,7 +11,7 @@ from torch.optim import Optimizer
 from data_shards.loader import Batch
 from trainer.collectives import all_reduce_sum, gather, gather_with_grad, rank, world_size
 from trainer.config import LossConfig
-from trainer.metric.losses import triplet_loss
+from trainer.metric.losses import active_triplets, triplet_loss
 from trainer.metric.mining import Triplets, batch_hard, smooth_hard
 
 
@@ -20,9 +20,12 @@ class StepStats(NamedTuple):
 
     loss_sum: Tensor
     """0-d, over this rank's anchors."""
+    divisor: Tensor
+    """By which, summed over ranks, the loss was divided; 0-d."""
     active: Tensor
-    """Active triplets of this rank, 0-d."""
-    triplets: Triplets
+    """This rank's anchors whose hardest triplet is active; 0-d."""
+    hardest: Triplets
+    """The hardest triplet of each of this rank's anchors, without gradient."""
 
 
 def train_step(
@@ -35,19 +38,23 @@ def train_step(
     """One optimiser update on this rank's slice of a global PK batch.
 
     Equals the single-process step on the whole global batch: candidates are gathered in rank order, the gather's backward sums
-    over ranks, DDP averages over ranks, and the loss is divided by the active count of *all* ranks (design idea 4).
+    over ranks, DDP averages over ranks, and the loss is divided by the count of *all* ranks (design idea 4).
     """
     embeddings = model(batch.images)  # (b, d) unit norm
     candidates = gather_with_grad(embeddings)  # (W*b, d) in rank order
     candidate_identities = gather(batch.identities)  # (W*b,)
-    mine = miner(config)
-    triplets = mine(embeddings, batch.identities, candidates, candidate_identities, self_columns(embeddings))
-    loss_sum, active = triplet_loss(triplets, config.effective_margin, config.effective_sharpness)  # 0-d, 0-d
-    loss = loss_sum * world_size() / all_reduce_sum(active).clamp(min=1)
+    columns = self_columns(embeddings)  # (b,)
+    triplets = miner(config)(embeddings, batch.identities, candidates, candidate_identities, columns)
+    loss_sum, count = triplet_loss(triplets, config.effective_margin, config.effective_sharpness)  # 0-d, 0-d
+    loss = loss_sum * world_size() / all_reduce_sum(count).clamp(min=1)
     backward(loss)
     optimizer.step()
     optimizer.zero_grad()
-    return StepStats(loss_sum.detach(), active, triplets)
+    with torch.no_grad():
+        hardest = batch_hard(
+            embeddings, batch.identities, candidates, candidate_identities, columns, squared=config.squared
+        )
+    return StepStats(loss_sum.detach(), count, active_triplets(hardest, config.effective_margin), hardest)
 
 
 def miner(config: LossConfig) -> Callable[..., Triplets]:

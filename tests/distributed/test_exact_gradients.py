@@ -41,8 +41,8 @@ def _step(images: Tensor, identities: Tensor, loss: LossConfig) -> tuple[Tensor,
     mine = slice(rank() * size, (rank() + 1) * size)
     batch = Batch(images[mine], identities[mine], torch.arange(len(images))[mine])
     stats = train_step(model, batch, optimizer, loss, lambda value: value.backward())
-    total = all_reduce_sum(stats.loss_sum) / all_reduce_sum(stats.active)
-    return total, int(stats.active), optimizer.gradients, int(stats.triplets.valid.sum())
+    total = all_reduce_sum(stats.loss_sum) / all_reduce_sum(stats.divisor)
+    return total, int(stats.active), optimizer.gradients, int(stats.hardest.valid.sum())
 
 
 LOSSES = {

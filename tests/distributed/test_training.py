@@ -124,3 +124,31 @@ def test_deepspeed_saves_and_loads(deepspeed, shards, tmp_path):
     assert ours == pytest.approx(theirs, rel=1e-6)
     before, after = _weights(deepspeed), _weights(resumed)
     assert all(torch.allclose(before[name], after[name], rtol=1e-5, atol=1e-7) for name in before)
+
+
+def test_deepspeed_trains_with_default_precision(shards, tmp_path):
+    """bf16 where this CPU has it: parameters stay float32, so the checkpoint is DDP's."""
+    options = _options(shards, tmp_path / "run")
+    at = options.index("--run.precision")
+    options[at : at + 2] = ["--run.precision", "bf16"]
+    launch(DEEPSPEED, 2, *options, "--run.steps", 3)
+    assert all(value.dtype != torch.bfloat16 for value in _weights(tmp_path / "run", 3).values())
+    assert len(log(tmp_path / "run")) == 3
+
+
+def test_a_batch_that_the_ranks_cannot_share_is_refused(shards, tmp_path):
+    done = launch(CPU, 3, *_options(shards, tmp_path / "run"), check=False)
+    assert done.returncode != 0
+    said = [line for line in done.stderr.splitlines() if line.startswith("facescale: ")]
+    assert said == ["facescale: plan: P*K = 10 * 4 = 40 is not divisible by the world size 3"]
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an NVIDIA GPU")
+def test_trains_on_all_gpus(shards, tmp_path):
+    """Mixed decode, bf16 or fp32 by the GPU, and NCCL where there is more than one."""
+    gpus = torch.cuda.device_count()
+    options = [*_options(shards, tmp_path / "run"), "--plan.identities-per-batch", min(2 * gpus, 10)]
+    launch("launch/accelerate/ddp.yaml", gpus, *options, gpu=True)
+    assert len(log(tmp_path / "run")) == STEPS

@@ -225,7 +225,7 @@ def test_another_architecture_is_named_and_nothing_is_loaded(saved, shape, messa
     said = refusal(found.load_training, other, optimizer)
     assert said == (
         f"checkpoint {folder}/step-00000003 is of another architecture: {message}; "
-        "check model.trunk and model.embedding_size"
+        "check model.trunk, model.embedding_size and model.head_batchnorm"
     )
     assert same(state_of(other), before)
 

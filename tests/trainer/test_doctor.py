@@ -44,7 +44,7 @@ def test_a_part_that_raises_is_a_finding_and_the_others_are_still_tried(monkeypa
     assert [check.name for check in checks] == PARTS
     assert [check.name for check in checks if not check.ok] == ["dali", "faiss"]
     message = "RuntimeError: libfaiss.so: cannot open shared object file No such file"
-    assert checks[4] == Check("faiss", False, message, "reinstall: make setup")
+    assert checks[4] == Check("faiss", False, message, "reinstall: rm -rf .venv && make setup")
 
 
 def test_a_package_that_is_missing_is_a_finding(monkeypatch):
@@ -84,7 +84,7 @@ def test_the_command_says_it_and_what_to_do(monkeypatch, capsys):
     assert len(lines) == len(PARTS) + 1
     at = PARTS.index("faiss")
     assert lines[at].startswith("PROBLEM faiss         RuntimeError: libfaiss.so")
-    assert lines[at + 1].strip() == "reinstall: make setup"
+    assert lines[at + 1].strip() == "reinstall: rm -rf .venv && make setup"
     assert all(line.startswith("ok ") for line in lines[:at] + lines[at + 2 :])
     assert said.err == ""
 

@@ -26,8 +26,8 @@ def clock(monkeypatch):
 
 
 def stats(loss: float, active: int, positive: list[float], negative: list[float], valid: list[bool]) -> StepStats:
-    triplets = Triplets(torch.tensor(positive, requires_grad=True), torch.tensor(negative), torch.tensor(valid))
-    return StepStats(torch.tensor(loss), torch.tensor(active), triplets)
+    hardest = Triplets(torch.tensor(positive), torch.tensor(negative), torch.tensor(valid))
+    return StepStats(torch.tensor(loss), torch.tensor(2 * active), torch.tensor(active), hardest)
 
 
 FIRST = stats(0.75, 2, [0.5, 0.25, 9.0], [1.0, 0.5, 9.0], [True, True, False])
@@ -42,7 +42,7 @@ def tracked():
 
 @pytest.fixture
 def report(tmp_path, clock, tracked):
-    return Telemetry(tmp_path, 24, lambda values, step: tracked.append((values, step)), torch.device("cpu"))
+    return Telemetry(tmp_path, 24, lambda values, step: tracked.append((values, step)))
 
 
 def lines(folder, name="log.jsonl"):
@@ -61,7 +61,7 @@ def test_a_line_by_hand(tmp_path, report, clock):
         "step": 7,
         "epoch": 0.1235,
         "images_seen": 7 * 24,
-        "loss": pytest.approx((0.75 + 0.25) / 3),
+        "loss": pytest.approx((0.75 + 0.25) / (2 * 3)),
         "active_fraction": 3 / 5,
         "d_ap": (0.5 + 0.25 + 1.0 + 0.75 + 0.5) / 5,
         "d_an": (1.0 + 0.5 + 1.5 + 0.25 + 0.25) / 5,
@@ -80,7 +80,7 @@ def test_each_line_is_about_the_steps_since_the_last(tmp_path, report, clock):
     report.add(SECOND)
     clock.now += 2
     second = report.log(2, 1.0, 0.1)
-    assert (second["loss"], second["active_fraction"]) == (0.25, 1 / 3)
+    assert (second["loss"], second["active_fraction"]) == (0.25 / 2, 1 / 3)
     assert (second["images_per_s"], second["data_wait_percent"]) == (12, 0)
     assert [line["step"] for line in lines(tmp_path)] == [1, 2]
 
@@ -140,20 +140,20 @@ def test_other_ranks_write_nothing_but_compute_the_line(tmp_path, report, clock,
     monkeypatch.setattr(telemetry, "rank", lambda: 1)
     report.add(FIRST)
     clock.now += 1
-    assert report.log(1, 1, 0.1)["loss"] == 0.375
+    assert report.log(1, 1, 0.1)["loss"] == 0.1875
     report.evaluation(1, {"rank1": 1.0})
     assert list(tmp_path.iterdir()) == []
 
 
 def test_counts_and_sums_are_those_of_all_ranks(report, clock, monkeypatch):
     """Rates are taken from summed counts, not averaged over ranks: 2 of 2 here and 0 of 8 there are 20 %."""
-    there = torch.tensor([0.0, 0.0, 8.0, 8 * 0.125, 8 * 0.75], dtype=torch.float64)
+    there = torch.tensor([0.0, 4.0, 0.0, 8.0, 8 * 0.125, 8 * 0.75], dtype=torch.float64)
     monkeypatch.setattr(telemetry, "all_reduce_sum", lambda sums: sums + there)
     report.add(FIRST)
     clock.now += 1
     line = report.log(1, 1, 0.1)
     assert line["active_fraction"] == 0.2
-    assert line["loss"] == 0.375
+    assert line["loss"] == 0.75 / 8
     assert (line["d_ap"], line["d_an"]) == ((0.75 + 1) / 10, (1.5 + 6) / 10)
 
 
@@ -163,7 +163,7 @@ def test_many_steps_add_up_without_rounding(report, clock):
     for _ in range(8):
         report.add(stats(1.0, 1, [1.0], [1.0], [True]))
     clock.now += 1
-    assert report.log(9, 1, 0.1)["loss"] == (2**25 + 8) / 9
+    assert report.log(9, 1, 0.1)["loss"] == (2**25 + 8) / 18
 
 
 def write_log(folder, name, steps, tail=""):

@@ -33,13 +33,13 @@ def loss_figure(log: Sequence[Line], evaluations: Sequence[Line], distance: str)
     figure, (top, middle, bottom) = _figure(7.2, 7.6, 3, sharex=True, height_ratios=[1.5, 1, 1])
     scale, unit = _scale(log)
     seen = _column(log, "images_seen") / scale
-    _trace(top, seen, _column(log, "loss"), BLUE, "training, mean of active triplets")
+    _trace(top, seen, _column(log, "loss"), BLUE, "training")
     if any("triplet_loss" in line for line in evaluations):
         at = _column(evaluations, "images_seen") / scale
         style = {"color": VERMILLION, "marker": "o", "markersize": 5, "linewidth": 1.2}
         top.plot(at, _column(evaluations, "triplet_loss"), label="unseen identities, mean of all triplets", **style)
-    _trace(middle, seen, _column(log, "d_an"), ORANGE, "anchor to mined negative")
-    _trace(middle, seen, _column(log, "d_ap"), GREEN, "anchor to mined positive")
+    _trace(middle, seen, _column(log, "d_an"), ORANGE, "anchor to hardest negative")
+    _trace(middle, seen, _column(log, "d_ap"), GREEN, "anchor to hardest positive")
     _trace(bottom, seen, 100 * _column(log, "active_fraction"), BLUE, "")
     top.set_ylabel("triplet loss")
     middle.set_ylabel(f"mean {distance} distance")
@@ -146,12 +146,13 @@ def cmc_figure(rows: Sequence[ResultRow]) -> Figure:
     return figure
 
 
-def tsne_figure(embeddings: np.ndarray, identities: np.ndarray, seed: int = 0) -> Figure:
+def tsne_figure(embeddings: np.ndarray, identities: np.ndarray, judged: str, seed: int = 0) -> Figure:
     """t-SNE, by cosine, of up to 50 images of each of up to 20 identities drawn with the seed.
 
     Args:
         embeddings: shape (n, d).
         identities: shape (n,).
+        judged: name of the set.
     """
     unique, counts = np.unique(identities, return_counts=True)
     several = unique[counts >= min(5, counts.max())]  # an identity with few images shows no cluster
@@ -173,7 +174,7 @@ def tsne_figure(embeddings: np.ndarray, identities: np.ndarray, seed: int = 0) -
     axes.set_yticks([])
     axes.set_xlabel("t-SNE 1 (no unit)")
     axes.set_ylabel("t-SNE 2 (no unit)")
-    axes.set_title(f"t-SNE by cosine: {len(positions):,} images of {len(chosen)} unseen identities")
+    axes.set_title(f"t-SNE by cosine: {len(positions):,} images of {len(chosen)} identities\n({judged})")
     figure.legend(title="identity", loc="outside right upper", frameon=False, fontsize=8)
     return figure
 

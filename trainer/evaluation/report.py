@@ -38,7 +38,7 @@ def write_report(run: Path) -> Path:
         "accuracy": accuracy_figure(log, evaluations, rows),
         "roc": roc_figure(rows),
         "cmc": cmc_figure(rows),
-        "tsne": tsne_figure(found.embeddings.numpy(), found.identities.numpy()),
+        "tsne": tsne_figure(found.embeddings.numpy(), found.identities.numpy(), rows[0].set),
     }
     with replaced_folder(run / "report") as folder:
         (folder / "results.json").write_text(json.dumps(summary, indent=1, default=str) + "\n")

@@ -42,7 +42,7 @@ class ResultRow:
 class Results:
     rows: list[ResultRow]
     embeddings: Tensor
-    """Of the unseen identities, float32, shape (n, d)."""
+    """Of the first row's set by the trained network, float32, shape (n, d)."""
     identities: Tensor
     """int64, shape (n,)."""
 
@@ -53,7 +53,7 @@ def save_results(folder: Path, rows: Sequence[ResultRow], embeddings: Tensor, id
     Args:
         folder: RUN/evaluation.
         rows: results in the order in which the report shall list them.
-        embeddings: of the unseen identities by the trained network, shape (n, d).
+        embeddings: of the first row's set by the trained network, shape (n, d).
         identities: shape (n,).
     """
     listed = [{"set": row.set, "embedder": row.embedder} | row.result.scalars for row in rows]

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from data_shards.index import ShardSet, Split
 from data_shards.loader import LoaderConfig
+from data_shards.progress import progress
 from trainer import checkpoint
 from trainer.collectives import broadcast_buffers
 from trainer.config import TrainConfig, load
@@ -21,9 +22,11 @@ from trainer.evaluation.results import (
     UNSEEN_IDENTITIES,
     UNSEEN_IMAGES,
     ResultRow,
+    replaced_folder,
     save_results,
 )
 from trainer.model import Embedder
+from trainer.precision import use_bf16
 
 EVALUATION, CHECKPOINTS, CONFIG = "evaluation", "checkpoints", "config.yaml"
 SETS = {"unseen_identities": UNSEEN_IDENTITIES, "unseen_images": UNSEEN_IMAGES}
@@ -42,7 +45,7 @@ def load_run(run: Path, device: str = "cpu") -> tuple[TrainConfig, Embedder]:
     if not (run / CONFIG).is_file():
         raise ValueError(f"{run} is no run folder: it has no {CONFIG}")
     config = load(run / CONFIG)
-    model = Embedder(config.model)
+    model = Embedder(config.model, use_bf16(config.run.precision, device))
     checkpoint.latest(run / CHECKPOINTS).load_model(model)
     return config, model.to(memory_format=torch.channels_last).to(device).eval()
 
@@ -65,14 +68,16 @@ def evaluate(
         identities = source.split("unseen_identities").samples["identity"]
         check_open_set(torch.from_numpy(identities.astype(np.int64)), protocol)
     rows: list[ResultRow] = []
-    points: dict[str, tuple[Tensor, Tensor]] = {}
-    for split in held_out:
-        for embedder, embedded in _embedders(config, model, device):
-            judge = _judge_open if split == "unseen_identities" else _judge_closed
-            found, result = judge(source, embedded, **_judged(config, protocol, device))
-            points.setdefault(embedder, found)
-            rows.append(ResultRow(SETS[split], embedder, result))
-    save_results(run / EVALUATION, rows, *points[FACESCALE])
+    judged: dict[str, tuple[Tensor, Tensor]] = {}
+    with progress("evaluate", 2 * len(held_out), "results") as advance:
+        for split in held_out:
+            for embedder, embedded in _embedders(config, model, device):
+                judge = _judge_open if split == "unseen_identities" else _judge_closed
+                found, result = judge(source, embedded, **_judged(config, protocol, device))
+                judged.setdefault(embedder, found)
+                rows.append(ResultRow(SETS[split], embedder, result))
+                advance(1)
+    save_results(run / EVALUATION, rows, *judged[FACESCALE])
     return rows
 
 
@@ -105,7 +110,7 @@ def evaluate_in_training(
         config=IN_TRAINING,
         device=str(device),
     )
-    return {name: value for name, value in result.headline().items() if value is not None}
+    return result.headline()
 
 
 def _embedders(config: TrainConfig, model: Embedder, device: str) -> list[tuple[str, Embed]]:
@@ -162,10 +167,8 @@ def write_embeddings(
     config, model = load_run(run, device)
     opened = ShardSet.open(shards or config.data.shards).split(split)
     embeddings, identities = embed(model, opened, config.data, device=device)
-    aside = out.with_name(f".{out.name}.partial")
-    aside.mkdir(parents=True, exist_ok=True)
-    np.save(aside / "embeddings.npy", embeddings.numpy())
-    np.save(aside / "identities.npy", identities.numpy())
-    (aside / "keys.txt").write_text("".join(f"{opened.key(sample)}\n" for sample in range(len(opened))))
-    aside.replace(out)
+    with replaced_folder(out) as folder:
+        np.save(folder / "embeddings.npy", embeddings.numpy())
+        np.save(folder / "identities.npy", identities.numpy())
+        (folder / "keys.txt").write_text("".join(f"{opened.key(sample)}\n" for sample in range(len(opened))))
     return embeddings.shape[0], embeddings.shape[1]

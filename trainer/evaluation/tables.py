@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from statistics import median
 from typing import Any
 
-from trainer.evaluation.results import ResultRow
+from trainer.evaluation.results import FACESCALE, RAW_PIXELS, ResultRow
 
 PUBLISHED = {
     "note": "published by the original project, other data",
@@ -50,6 +50,19 @@ def main_table(rows: Sequence[ResultRow]) -> str:
         rates = [percent(row.result.headline_knn()), contrastive, percent(s.get("rank5"))]
         body.append([margin(s["margin"]), row.set, row.embedder, *rates, number(s.get("triplet_loss"))])
     return _table(["Margin", "Set", "Embedding", "kNN", "Contrastive", "Rank5", "Loss"], body, left=3)
+
+
+def rank1_line(rows: Sequence[ResultRow]) -> str:
+    """Rank-1 of each set, ours beside raw pixels and how many times theirs it is."""
+    parts = []
+    for name in dict.fromkeys(row.set for row in rows):
+        ours, pixels = (
+            next((row.result.scalars.get("rank1") for row in rows if (row.set, row.embedder) == (name, embedder)), None)
+            for embedder in (FACESCALE, RAW_PIXELS)
+        )
+        times = f", {ours / pixels:.1f} x raw pixels' {percent(pixels)}" if ours is not None and pixels else ""
+        parts.append(f"{name} {percent(ours)}{times}")
+    return f"Rank-1: {'; '.join(parts)}."
 
 
 def full_table(rows: Sequence[ResultRow]) -> str:
