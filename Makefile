@@ -17,12 +17,12 @@ $(STAMP): requirements.lock pyproject.toml
 	@echo "Installing into .venv (under three minutes) ..."
 	$(PYTHON) -m venv .venv
 	$(BIN)/pip install --quiet --disable-pip-version-check --requirement requirements.lock
-	$(BIN)/pip install --quiet --disable-pip-version-check --no-deps --editable .
+	$(BIN)/pip install --quiet --disable-pip-version-check --no-deps --no-build-isolation --editable .
 	@touch $@
 
 demo: $(STAMP)
 	rm -rf demo
-	$(BIN)/facescale synthesize demo/pictures --identities 400 --images-per-identity 20 --size 112 --seed 1
+	$(BIN)/facescale synthesize demo/pictures --identities 400 --images-per-identity 20 --size 112 --seed 7
 	$(BIN)/facescale shard demo/pictures demo/shards --holdout-identities 100 --holdout-images 2
 	$(BIN)/accelerate launch --config_file launch/accelerate/cpu.yaml --num_processes $(PROCESSES) \
 	    -m trainer.train --config launch/recipes/demo.yaml

@@ -3,12 +3,12 @@
 One epoch of P x K batches, for identities with n_i >= 2 images each:
 
 - An identity's images are shuffled and cut into groups of K; its last group is topped up with its own images. So every image
-  is drawn at least once, and at most K - 1 of an identity's images twice (more only where n_i < K).
+  has its place in a group, and at most K - 1 of an identity's images have two (more only where n_i < K).
 - A batch holds one group of each of P *different* identities.
 - The epoch has T steps. T is the smallest number for which P * T slots hold all groups, T of an identity at most, and at
   most P / 2 identities have more than T groups: that minimises groups left out plus groups repeated. Slots that remain are
   filled with one further group of identities drawn anew each epoch (in rounds, where all have had one); an identity with
-  more than T groups shows T of them, other images in every epoch.
+  more than T groups shows T of them, other images in every epoch. Where none has, every image is drawn in every epoch.
 - Identities with one image have no positive and are left out.
 """
 

@@ -1,4 +1,7 @@
-"""One measure each, on unit vectors: ranks, neighbours, triplet loss, verification. Each returns JSON-able scalars."""
+"""One measure each, on unit vectors: ranks, neighbours, triplet loss, verification. Each returns JSON-able scalars.
+
+Not yet run, for want of a GPU: the pair similarities on a CUDA `device` (in `operating_points`).
+"""
 
 from collections.abc import Sequence
 from dataclasses import asdict
