@@ -456,3 +456,19 @@ def test_as_a_process_bad_input_is_one_line_without_a_traceback(tmp_path):
         (line,) = done.stderr.splitlines()
         assert line.startswith("facescale")
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_checkpoint_of_another_architecture(fails, run, tmp_path):
+    copy = Path(shutil.copytree(run, tmp_path / "run"))
+    settings = (copy / "config.yaml").read_text()
+    (copy / "config.yaml").write_text(settings.replace("trunk: resnet18", "trunk: resnet34"))
+    said = fails("evaluate", copy)
+    assert said.startswith(f"checkpoint {copy}/checkpoints/step-00000003 is of another architecture: it lacks ")
+
+
+def test_resuming_on_other_pictures(fails, run, tmp_path):
+    copy = Path(shutil.copytree(run, tmp_path / "run"))
+    draw_collection(tmp_path / "in", {f"n{number}": 4 for number in range(8)})
+    assert main(["shard", str(tmp_path / "in"), str(tmp_path / "other"), "--workers", "1"]) == 0
+    said = fails("train", *TRAIN, "--data.shards", tmp_path / "other", "--run.folder", copy, "--run.resume")
+    assert "was trained on other pictures than data.shards now holds" in said

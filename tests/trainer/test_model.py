@@ -201,3 +201,19 @@ def test_parameter_groups_hold_every_parameter_once():
     assert set(in_others) == {f"{norm}.{kind}" for norm in norms for kind in ("weight", "bias")} | {"head.bias"}
     kernels = [module for module in model.modules() if isinstance(module, nn.Conv2d | nn.Linear)]
     assert sum(p.numel() for p in decayed["params"]) == sum(math.prod(module.weight.shape) for module in kernels)
+
+
+def test_bf16_computes_in_bf16_and_keeps_parameters_and_embeddings_in_float32():
+    torch.manual_seed(0)
+    model = Embedder(ModelConfig(trunk="resnet18", embedding_size=24), bf16=True).eval()
+    inside = []
+    model.head.register_forward_hook(lambda *found: inside.append(found[-1].dtype))
+    with torch.inference_mode():
+        rough = model(noise(4))
+        model.bf16 = False
+        exact = model(noise(4))
+    assert inside == [torch.bfloat16, torch.float32]
+    assert rough.dtype == torch.float32
+    assert {value.dtype for value in model.parameters()} == {torch.float32}
+    torch.testing.assert_close(rough.norm(dim=1), torch.ones(4))
+    assert 0.99 < float((rough * exact).sum(1).min()) < 1
