@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 from matplotlib.figure import Figure
 
+from data_shards.convert import ConvertConfig, convert
 from data_shards.index import ShardSet
 from tests.data_shards.collections_on_disk import draw_collection, every_file
 from trainer import cli
@@ -469,6 +470,6 @@ def test_a_checkpoint_of_another_architecture(fails, run, tmp_path):
 def test_resuming_on_other_pictures(fails, run, tmp_path):
     copy = Path(shutil.copytree(run, tmp_path / "run"))
     draw_collection(tmp_path / "in", {f"n{number}": 4 for number in range(8)})
-    assert main(["shard", str(tmp_path / "in"), str(tmp_path / "other"), "--workers", "1"]) == 0
+    convert(tmp_path / "in", tmp_path / "other", ConvertConfig(workers=1))
     said = fails("train", *TRAIN, "--data.shards", tmp_path / "other", "--run.folder", copy, "--run.resume")
     assert "was trained on other pictures than data.shards now holds" in said
