@@ -39,7 +39,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _main_job(gpus: int, steps: int) -> list[tuple[str, list[str]]]:
     facescale = [sys.executable, "-m", "trainer.cli"]
     pictures, shards, run = (str(FOLDER / name) for name in ("pictures", "shards", "run"))
-    synthesize = "--identities 400 --images-per-identity 20 --size 160 --seed 1"
+    synthesize = "--identities 400 --images-per-identity 20 --size 160 --seed 7"
     shard = "--holdout-identities 100 --holdout-images 2"
     train = f"--data.shards {shards} --data.image-size 112 --plan.identities-per-batch {32 * gpus} --run.steps {steps}"
     launch = (

@@ -96,7 +96,8 @@ def test_resumed_on_two_ranks_ends_bit_identical(ddp, shards, tmp_path):
     assert [line["loss"] for line in log(resumed)] == [line["loss"] for line in log(ddp)]
 
 
-def test_resumed_on_one_rank_takes_the_same_batches(ddp, shards, tmp_path):
+def test_resumed_on_one_rank_goes_on(ddp, shards, tmp_path):
+    """That its batches are the same is what tests/data_shards/test_plan.py sweeps over world sizes."""
     lines, resumed = log(ddp), log(_resumed(ddp, tmp_path / "run", shards, CPU, 1))
     assert [line["step"] for line in resumed] == list(range(1, STEPS + 1))
     # BatchNorm sees 40 pictures where each of two ranks saw 20, so the losses are close, not equal
