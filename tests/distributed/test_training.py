@@ -108,7 +108,7 @@ def test_resumed_on_one_rank_goes_on(ddp, shards, tmp_path):
 def test_deepspeed_follows_ddp(ddp, deepspeed):
     ours, theirs = log(deepspeed), log(ddp)
     assert len(ours) == STEPS
-    assert max(abs(a["d_ap"] / ours[0]["d_ap"] - 1) for a in ours) > 0.05, (
+    assert max(abs(a["d_ap"] / ours[0]["d_ap"] - 1) for a in ours) > 0.02, (
         "it must have moved for this to mean anything"
     )
     for a, b in zip(ours, theirs, strict=True):
