@@ -14,7 +14,7 @@ PROCESSES ?= 2
 setup: $(STAMP)
 
 $(STAMP): requirements.lock pyproject.toml
-	@echo "Installing into .venv (under three minutes) ..."
+	@echo "Installing into .venv (8.6 GB, some minutes) ..."
 	$(PYTHON) -m venv .venv
 	$(BIN)/pip install --quiet --disable-pip-version-check --requirement requirements.lock
 	$(BIN)/pip install --quiet --disable-pip-version-check --no-deps --no-build-isolation --editable .
