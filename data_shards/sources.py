@@ -10,6 +10,8 @@ from hashlib import blake2b
 from pathlib import Path
 from typing import NamedTuple
 
+from data_shards.progress import progress
+
 FILE_EXTENSIONS = (".jpg", ".jpeg", ".png", ".pgm", ".bmp", ".webp")
 """File names that count as pictures, in any case; what a file *is* its first bytes say."""
 MAX_NAME = 99
@@ -54,7 +56,11 @@ def scan(root: Path | str) -> list[SourceImage]:
     folders = list(_identity_folders(root))
     with ThreadPoolExecutor(LISTING_THREADS) as threads:
         listings = threads.map(lambda folder: _pictures(root, folder), folders)
-        found = [picture for listing in listings for picture in listing]
+        found: list[SourceImage] = []
+        with progress("list", len(folders), "identities") as advance:
+            for listing in listings:
+                found += listing
+                advance(1)
     if not found:
         raise ValueError(f"source {root} holds no pictures ({' '.join(FILE_EXTENSIONS)}) as {LAYOUTS}")
     found.sort(key=lambda picture: (os.fsencode(picture.identity), os.fsencode(picture.path)))

@@ -1,11 +1,14 @@
 """`facescale report RUN`: tables and pictures of one run, from its log and its evaluation."""
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import yaml
+from matplotlib.figure import Figure
 
+from data_shards.progress import progress
 from trainer.evaluation.figures import accuracy_figure, cmc_figure, loss_figure, roc_figure, tsne_figure
 from trainer.evaluation.results import load_results, replaced_folder
 from trainer.evaluation.tables import PUBLISHED, results_markdown
@@ -33,13 +36,19 @@ def write_report(run: Path) -> Path:
     listed = [{"set": row.set, "embedder": row.embedder} | row.result.scalars for row in rows]
     name = run.resolve().name
     summary = {"run": name, "settings": config, "last_step": log[-1], "rows": listed, "published": PUBLISHED}
-    pictures = {
-        "loss": loss_figure(log, evaluations, config.get("loss", {}).get("distance", "root")),
-        "accuracy": accuracy_figure(log, evaluations, rows),
-        "roc": roc_figure(rows),
-        "cmc": cmc_figure(rows),
-        "tsne": tsne_figure(found.embeddings.numpy(), found.identities.numpy(), rows[0].set),
+    distance = config.get("loss", {}).get("distance", "root")
+    makers: dict[str, Callable[[], Figure]] = {
+        "loss": lambda: loss_figure(log, evaluations, distance),
+        "accuracy": lambda: accuracy_figure(log, evaluations, rows),
+        "roc": lambda: roc_figure(rows),
+        "cmc": lambda: cmc_figure(rows),
+        "tsne": lambda: tsne_figure(found.embeddings.numpy(), found.identities.numpy(), rows[0].set),
     }
+    pictures: dict[str, Figure] = {}
+    with progress("report", len(makers), "pictures") as advance:
+        for picture, make in makers.items():
+            pictures[picture] = make()
+            advance(1)
     with replaced_folder(run / "report") as folder:
         (folder / "results.json").write_text(json.dumps(summary, indent=1, default=str) + "\n")
         (folder / "results.md").write_text(results_markdown(name, config, log, rows), encoding="utf-8")
