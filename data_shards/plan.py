@@ -107,10 +107,6 @@ class Plan:
         repeated = slots - (groups - left_out)
         return PlanSummary(len(self._eligible), singles, self.steps_per_epoch, groups, repeated, left_out)
 
-    def epoch(self, step: int) -> int:
-        """Epoch, from 0, that global step `step` (from 0) belongs to."""
-        return step // self.steps_per_epoch
-
     def global_batch(self, step: int) -> Draws:
         """All P*K draws of a step: P groups of K consecutive draws."""
         return self.batch(step, rank=0, world_size=1)

@@ -23,6 +23,9 @@ from torch import Tensor, nn
 from trainer.collectives import barrier, rank, world_size
 from trainer.model import read_state
 
+CHECKPOINTS = "checkpoints"
+"""Name of the folder of checkpoints in a run's folder."""
+
 _MODEL, _OPTIMIZER, _ENGINE, _STATE, _LATEST = "model.safetensors", "optimizer.pt", "deepspeed", "state.json", "latest"
 
 

@@ -20,6 +20,9 @@ from data_shards.augment import AugmentConfig
 from data_shards.loader import LoaderConfig
 from data_shards.plan import PlanConfig
 
+CONFIG = "config.yaml"
+"""Name of a run's settings in its folder."""
+
 
 @dataclass(kw_only=True, frozen=True)
 class DataConfig(LoaderConfig):

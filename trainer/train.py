@@ -23,13 +23,11 @@ from data_shards.plan import Plan, per_rank
 from data_shards.progress import progress
 from trainer import checkpoint, telemetry
 from trainer.collectives import barrier, rank, shutdown, world_size
-from trainer.config import OptimizerConfig, RunConfig, TrainConfig, UsageError, load, parse, save
+from trainer.config import CONFIG, OptimizerConfig, RunConfig, TrainConfig, UsageError, load, parse, save
 from trainer.evaluation.run import check_in_training, evaluate_in_training
 from trainer.model import Embedder, parameter_groups
 from trainer.precision import use_bf16
 from trainer.train_step import train_step
-
-CONFIG, CHECKPOINTS = "config.yaml", "checkpoints"
 
 
 def train(config: TrainConfig, accelerator: Accelerator) -> None:
@@ -45,7 +43,7 @@ def train(config: TrainConfig, accelerator: Accelerator) -> None:
     set_seed(config.run.seed)
     model, optimizer, engine = _prepare(config, accelerator, batch_size)
     bare = accelerator.unwrap_model(model)
-    checkpoints = config.run.folder / CHECKPOINTS
+    checkpoints = config.run.folder / checkpoint.CHECKPOINTS
     start = 0
     if config.run.resume:
         found = checkpoint.latest(checkpoints)

@@ -50,10 +50,12 @@ def train_step(
     backward(loss)
     optimizer.step()
     optimizer.zero_grad()
-    with torch.no_grad():
-        hardest = batch_hard(
-            embeddings, batch.identities, candidates, candidate_identities, columns, squared=config.squared
-        )
+    hardest = Triplets(*(part.detach() for part in triplets))
+    if config.effective_sharpness is not None:
+        with torch.no_grad():
+            hardest = batch_hard(
+                embeddings, batch.identities, candidates, candidate_identities, columns, squared=config.squared
+            )
     return StepStats(loss_sum.detach(), count, active_triplets(hardest, config.effective_margin), hardest)
 
 

@@ -9,8 +9,9 @@ import yaml
 from matplotlib.figure import Figure
 
 from data_shards.progress import progress
+from trainer.config import CONFIG
 from trainer.evaluation.figures import accuracy_figure, cmc_figure, loss_figure, roc_figure, tsne_figure
-from trainer.evaluation.results import load_results, replaced_folder
+from trainer.evaluation.results import EVALUATION, load_results, replaced_folder
 from trainer.evaluation.tables import PUBLISHED, results_markdown
 
 
@@ -26,12 +27,12 @@ def write_report(run: Path) -> Path:
     Raises:
         ValueError: the run has no settings, no log or no evaluation, or one of them is damaged.
     """
-    config = _settings(run / "config.yaml")
+    config = _settings(run / CONFIG)
     log = _json_lines(run / "log.jsonl", ("step", "images_seen", "loss", "active_fraction", "d_ap", "d_an"))
     if not log:
         raise ValueError(f"{run / 'log.jsonl'} is missing or holds no step; train with `facescale train` first")
     evaluations = _json_lines(run / "evaluations.jsonl", ("step", "images_seen"))
-    found = load_results(run / "evaluation")
+    found = load_results(run / EVALUATION)
     rows = found.rows
     listed = [{"set": row.set, "embedder": row.embedder} | row.result.scalars for row in rows]
     name = run.resolve().name

@@ -14,6 +14,9 @@ from torch import Tensor
 
 from trainer.evaluation.protocols import SetResult
 
+EVALUATION = "evaluation"
+"""Name of the folder of results in a run's folder."""
+
 UNSEEN_IDENTITIES = "unseen identities"
 UNSEEN_IMAGES = "unseen images of training identities"
 SETS = (UNSEEN_IDENTITIES, UNSEEN_IMAGES)

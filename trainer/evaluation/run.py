@@ -13,10 +13,11 @@ from data_shards.loader import LoaderConfig
 from data_shards.progress import progress
 from trainer import checkpoint
 from trainer.collectives import broadcast_buffers
-from trainer.config import TrainConfig, load
+from trainer.config import CONFIG, TrainConfig, load
 from trainer.evaluation.embed import PIXEL_SIZE, embed, raw_pixels
 from trainer.evaluation.protocols import ProtocolConfig, SetResult, check_open_set, closed_set, open_set
 from trainer.evaluation.results import (
+    EVALUATION,
     FACESCALE,
     RAW_PIXELS,
     UNSEEN_IDENTITIES,
@@ -28,7 +29,6 @@ from trainer.evaluation.results import (
 from trainer.model import Embedder
 from trainer.precision import use_bf16
 
-EVALUATION, CHECKPOINTS, CONFIG = "evaluation", "checkpoints", "config.yaml"
 SETS = {"unseen_identities": UNSEEN_IDENTITIES, "unseen_images": UNSEEN_IMAGES}
 
 IN_TRAINING = ProtocolConfig(ranks=(1, 5), knn=(5,), fars=())
@@ -46,7 +46,7 @@ def load_run(run: Path, device: str = "cpu") -> tuple[TrainConfig, Embedder]:
         raise ValueError(f"{run} is no run folder: it has no {CONFIG}")
     config = load(run / CONFIG)
     model = Embedder(config.model, use_bf16(config.run.precision, device))
-    checkpoint.latest(run / CHECKPOINTS).load_model(model)
+    checkpoint.latest(run / checkpoint.CHECKPOINTS).load_model(model)
     return config, model.to(memory_format=torch.channels_last).to(device).eval()
 
 
