@@ -1,252 +1,266 @@
-"""The conversion job: list, plan, write the shards in worker processes, commit with the manifest."""
+"""The conversion job: list, survey, plan, write the shards, commit with the manifest; and go on where it was interrupted."""
 
+import csv
+import io
 import json
-import multiprocessing
 import os
 import shutil
-import signal
+import tempfile
 import time
-from concurrent.futures import ProcessPoolExecutor, as_completed
-from concurrent.futures.process import BrokenProcessPool
-from dataclasses import asdict, dataclass, field, replace
-from importlib.metadata import version
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from data_shards.index import FORMAT, INDEX, MANIFEST, SPLITS, VERSION, committed, sync_directory, write_index
+from data_shards.convert_config import ConvertConfig
+from data_shards.executors import Engine, run_tasks
+from data_shards.face_regions import build_regions
+from data_shards.files import is_remote
+from data_shards.finish import (
+    DUPLICATES,
+    FAILURES,
+    SplitSummary,
+    Summary,
+    duplicates_table,
+    finish,
+    require_pictures,
+    summary_of,
+)
+from data_shards.identity_lists import read_identity_meta
+from data_shards.index import MANIFEST, SPLITS, committed
+from data_shards.listing import Listing, difference, pseudonym, write_listing
 from data_shards.progress import progress
-from data_shards.shard_plan import ConvertConfig, ShardPlan, plan_shards
-from data_shards.shard_writer import Failure, Shard, reason_of, write_shard
-from data_shards.sources import SourceImage, read_head, scan
+from data_shards.selection import select
+from data_shards.shard_plan import NO_LABEL, plan_shards
+from data_shards.shard_writer import Failure
+from data_shards.sources.base import Found, Source
+from data_shards.sources.detect import open_source, spec_of
+from data_shards.store import Store
+from data_shards.survey import SURVEY, SURVEY_ROWS
+from data_shards.work import JOB, LISTING, PLAN, TOOL, WORK, Stage, Work
 
-__all__ = ["ConvertConfig", "Failure", "SplitSummary", "Summary", "convert"]
-
-FAILURES = "failures.jsonl"
-NAMED_FAILURES = 10
-"""Of the pictures left out so many are named in the summary."""
-
-
-class SplitSummary(NamedTuple):
-    identities: int
-    samples: int
-    shards: int
+__all__ = ["FAILURES", "ConvertConfig", "Failure", "SplitSummary", "Summary", "convert", "prepare"]
 
 
-@dataclass(kw_only=True, frozen=True)
-class Summary:
-    """What a conversion did; `read` = `written` + `failed`."""
+def convert(
+    source: Source | Path | str, out: Path | str, config: ConvertConfig | None = None, engine: Engine = run_tasks
+) -> Summary:
+    """Writes the pictures of a source as a shard set at `out`, a folder or a URL.
 
-    read: int
-    written: int
-    splits: dict[str, SplitSummary]
-    single_image_identities: int
-    """Training identities with one image: kept, but no training batch can use them."""
-    failures: tuple[Failure, ...]
-    """Sorted by path."""
-    seconds: float = field(compare=False)
-
-    @property
-    def failed(self) -> int:
-        return len(self.failures)
-
-    def __str__(self) -> str:
-        rate = self.read / max(self.seconds, 1e-9)
-        lines = [
-            f"{self.read:,} pictures read, {self.written:,} written, {self.failed:,} left out ({rate:,.0f} images/s)"
-        ]
-        for name, split in self.splits.items():
-            lines.append(
-                f"{name}: {split.samples:,} images of {split.identities:,} identities, shards: {split.shards:,}"
-            )
-        if self.single_image_identities:
-            lines.append(
-                f"training identities with one image, which training leaves out: {self.single_image_identities:,}"
-            )
-        lines += [f"left out: {path} {reason}" for path, reason in self.failures[:NAMED_FAILURES]]
-        if self.failed > NAMED_FAILURES:
-            lines.append(f"… and {self.failed - NAMED_FAILURES:,} more, all in {FAILURES}")
-        return "\n".join(lines).encode(errors="backslashreplace").decode()
-
-
-def convert(source: Path | str, out: Path | str, config: ConvertConfig | None = None) -> Summary:
-    """Writes the pictures under `source` as a shard set at `out`.
-
-    Works in `out`.partial-PID beside it and renames that at the end: `out` is either whole or as it was before. Every
-    picture is decoded once; one that does not decode is left out and reported.
+    Every picture is checked once; one that does not decode is left out and reported. Interrupted at any point, the same
+    call goes on from what is committed and ends with the same bytes. What is under its final name is whole; the set is
+    finished when it has a manifest.
 
     Raises:
-        ValueError: `out` exists and is not empty or cannot be made, `source` is not usable (see `scan`), the settings do
-            not fit it, or fewer than two identities are left to train on.
+        ValueError: `out` holds something else, is being written by another process or cannot be written; `source` is not
+            usable; the settings do not fit it, or are not those of the conversion that was interrupted.
+        OSError: the disk is full or fails; what is committed stays.
+    """
+    started, config = time.monotonic(), config or ConvertConfig()
+    opened = open_source(source) if isinstance(source, str | Path) else source
+    store = Store(str(out), config.file_mode)
+    with _reserved(store) as finished:
+        if not finished:
+            work = prepare(store, opened, config, engine)
+            run_stage(work, "done", len(work.plan.shards), engine)
+            _write_mapping(work)
+            finish(work)
+        store.remove(WORK)
+        return summary_of(store, seconds=time.monotonic() - started)
+
+
+@contextmanager
+def _reserved(store: Store) -> Iterator[bool]:
+    """Makes the output's folder and holds it; yields whether the set in it is finished but for cleaning up.
+
+    What fails for the settings or the source leaves nothing behind; what is interrupted keeps all that it has done.
+
+    Raises:
+        ValueError: it holds something else, is being written by another process, or cannot be made.
         OSError: the disk is full or fails.
     """
-    started, config, root = time.monotonic(), config or ConvertConfig(), Path(source)
-    out = Path(os.path.realpath(out))
-    partial = _reserve(out)
-    try:
-        listing = scan(root)
-        failures = [_unknown(root, picture) for picture in listing if not picture.extension]
-        _require_pictures(root, len(listing) - len(failures), failures)
-        names, plans = plan_shards([picture for picture in listing if picture.extension], config)
-        shards = _write_shards(root, partial, plans, config)
-        failures += [failure for shard in shards for failure in shard.failures]
-        failures.sort(key=lambda failure: os.fsencode(failure.path))
-        _require_pictures(root, len(listing) - len(failures), failures)
-        summary, manifest = _commit_splits(partial, shards, failures)
-        summary = replace(summary, seconds=time.monotonic() - started)
-        assert summary.read == len(listing), "every listed picture is written or reported"
-        _commit(partial, {"source": str(source), "options": _options(config), "identities": names} | manifest, failures)
-        os.rename(partial, out)
-    except BaseException:
-        shutil.rmtree(partial, ignore_errors=True)
-        raise
-    sync_directory(out.parent)
-    return summary
+    if not store.remote and store.path("").exists() and not store.path("").is_dir():
+        raise ValueError(f"output {store.location} exists and is no folder: give a new one")
+    made = not store.remote and not store.path("").exists()
+    with _unwritable(store):
+        store.make_folder("")
+    with store.locked():
+        names = store.names()
+        if names and WORK not in names:
+            kind = "is finished" if MANIFEST in names else "is not empty"
+            raise ValueError(f"output {store.location} exists and {kind}: nothing was touched, give a new folder")
+        begun = WORK in names
+        with _unwritable(store):
+            store.make_folder(WORK)
+            store.write(f"{WORK}/writable", b"")
+            store.remove(f"{WORK}/writable")
+        try:
+            yield MANIFEST in names
+        except ValueError:
+            if not begun:
+                for name in (WORK, *SPLITS):
+                    store.remove(name)
+                if made:
+                    store.path("").rmdir()
+            raise
+        except OSError as error:
+            reason = f"{error.strerror or error}"
+            raise OSError(
+                f"output {store.location}: {reason}; what is written stays, the same command goes on from there"
+            ) from None
 
 
-def _reserve(out: Path) -> Path:
-    """Makes the folder to work in, beside `out`; touches nothing that exists."""
-    if out.exists() and not out.is_dir():
-        raise ValueError(f"output {out} exists and is no folder: give a new one")
-    if out.is_dir() and any(out.iterdir()):
-        raise ValueError(f"output {out} exists and is not empty: nothing was touched, give a new folder")
-    if os.path.ismount(out):
-        raise ValueError(f"output {out} is a mount point, which cannot be replaced in one step: give a folder in it")
-    partial = out.with_name(f"{out.name}.partial-{os.getpid()}")
+@contextmanager
+def _unwritable(store: Store) -> Iterator[None]:
     try:
-        partial.mkdir(parents=True)
+        yield
     except OSError as error:
-        raise ValueError(f"output {out} cannot be made: {partial}: {error.strerror}") from None
-    return partial
+        raise ValueError(f"output {store.location} cannot be written: {error.strerror or error}") from None
 
 
-def _unknown(root: Path, picture: SourceImage) -> Failure:
-    """Why a picture's first bytes told no kind."""
-    try:
-        size, _ = read_head(root / picture.path)
-    except OSError as error:
-        return Failure(picture.path, reason_of(error))
-    return Failure(picture.path, "is no JPEG, PNG, PGM, BMP or WebP by its first bytes" if size else "is empty")
+def prepare(store: Store, source: Source, config: ConvertConfig, engine: Engine = run_tasks) -> Work:
+    """Everything before the shards are written: lists the source, finds duplicates, plans; or finds all that done.
+
+    Raises:
+        ValueError: the source or a setting is not usable, or is another than that of the interrupted conversion.
+    """
+    work = Work(store)
+    if store.exists(JOB):
+        _require_same(work, source, config)
+        for split in SPLITS:
+            store.remove_temporary(split)
+    else:
+        store.remove(WORK)
+        if config.pseudonyms and os.path.exists(config.pseudonyms):
+            raise ValueError(f"pseudonyms {config.pseudonyms} exists: nothing was touched, give a new file")
+        work.begin(source, config)
+    _list(work, source)
+    if not store.exists(PLAN):
+        survey = None
+        if config.surveys:
+            survey = _surveyed(work, engine)
+        _plan(work, survey)
+    return work
 
 
-def _require_pictures(root: Path, left: int, failures: list[Failure]) -> None:
-    if not left:
-        path, reason = failures[0]
-        raise ValueError(f"none of the {len(failures):,} pictures of {root} can be used; {path} {reason}")
+def run_stage(work: Work, stage: Stage, total: int, engine: Engine = run_tasks) -> None:
+    """Does the tasks of a stage that are not done yet, with a progress bar."""
+    tasks = work.open_tasks(stage, total)
+    if stage == "done":
+        for split in {SPLITS[code] for code in np.unique(work.plan.shards["split"])}:
+            work.store.make_folder(split)
+    pictures = len(work.plan.order) if stage == "done" else len(work.listing)
+    with progress("convert" if stage == "done" else "survey", total=pictures) as advance:
+        advance(pictures * (total - len(tasks)) // max(total, 1))
+        if tasks:
+            for done in engine(tasks, work.config.workers):
+                advance(done.pictures, done.bytes)
 
 
-def _write_shards(source: Path, directory: Path, plans: list[ShardPlan], config: ConvertConfig) -> list[Shard]:
-    """Every shard in the order of the plans, written by `config.workers` processes (by this one where that is 1)."""
-    for split in {plan.split for plan in plans}:
-        (directory / split).mkdir()
-    workers = min(config.workers or len(os.sched_getaffinity(0)), len(plans))
-    done: dict[int, Shard] = {}
-    with progress("convert", total=sum(len(plan.pictures) for plan in plans)) as advance:
-        if workers == 1:
-            for number, plan in enumerate(plans):
-                done[number] = write_shard(source, directory, plan, config.max_pixels)
-                advance(len(plan.pictures))
-            return list(done.values())
-        context = multiprocessing.get_context("spawn")  # a fork would copy the locks of torch's and DALI's threads
-        with ProcessPoolExecutor(workers, context, _exit_on_interrupt) as pool:
-            try:
-                jobs = {
-                    pool.submit(write_shard, source, directory, plan, config.max_pixels): number
-                    for number, plan in enumerate(plans)
-                }
-                for job in as_completed(jobs):
-                    done[jobs[job]] = job.result()
-                    advance(len(plans[jobs[job]].pictures))
-            except BrokenProcessPool:
-                raise OSError("a conversion worker died, perhaps for lack of memory: try fewer `workers`") from None
-            except BaseException:
-                pool.shutdown(cancel_futures=True)
-                raise
-    return [done[number] for number in range(len(plans))]
+def _require_same(work: Work, source: Source, config: ConvertConfig) -> None:
+    where = f"the unfinished conversion in {work.store.location}"
+    advice = "go on with what it was started with, or delete it"
+    if work.job["tool"] != TOOL:
+        raise ValueError(f"{where} was begun by {work.job['tool']}, this is {TOOL}: {advice}")
+    options = json.loads(json.dumps(config.options()))
+    for name, before in work.job["options"].items():
+        if options.get(name) != before:
+            raise ValueError(f"{where} was begun with {name} {before!r}, now it is {options.get(name)!r}: {advice}")
+    now = {**spec_of(source), **source.describe()}
+    for name, value in {**work.job["source"], **work.job["found"]}.items():
+        if json.loads(json.dumps(now.get(name))) != value:
+            raise ValueError(
+                f"{where} reads a source whose {name} was {value!r}, now it is {now.get(name)!r}: {advice}"
+            )
 
 
-def _exit_on_interrupt() -> None:
-    """Ctrl-C reaches the workers too: they leave quietly and the parent cleans up."""
-    signal.signal(signal.SIGINT, lambda *_: os._exit(130))
+def _list(work: Work, source: Source) -> None:
+    """Lists the source, or compares it with the listing that there is."""
+    store, hidden = work.store, bool(work.config.pseudonyms)
+    location = str(source.describe().get("location", source))
+    if store.exists(LISTING):
+        folder = Path(tempfile.mkdtemp(prefix="facescale-"))
+        try:
+            write_listing(folder, _counted(source), hidden)
+            again = Listing(folder)
+            if again.fingerprint() != json.loads(store.read(LISTING))["fingerprint"]:
+                what = difference(work.listing, again)
+                raise ValueError(
+                    f"source {location} has changed since the conversion in {store.location} began: {what}"
+                )
+        finally:
+            shutil.rmtree(folder)
+        return
+    with work.folder("listing") as folder:
+        refused = write_listing(folder, _counted(source), hidden)
+        listing = Listing(folder)
+        fingerprint = listing.fingerprint()
+    require_pictures(location, len(listing), [Failure(*picture) for picture in refused])
+    store.write(LISTING, json.dumps({"fingerprint": fingerprint, "refused": refused}).encode())
 
 
-def _commit_splits(directory: Path, shards: list[Shard], failures: list[Failure]) -> tuple[Summary, dict[str, Any]]:
-    """Writes each split's index; returns the summary (without its time) and the manifest's part about the splits."""
-    entries: dict[str, Any] = {}
-    tables: dict[str, NDArray[Any]] = {}
-    for split in SPLITS:
-        written = [shard for shard in shards if shard.split == split and len(shard.samples)]
-        if not written:
-            shutil.rmtree(directory / split, ignore_errors=True)
-            continue
-        entries[split], tables[split] = _commit_split(directory / split, written)
-    _, counts = np.unique(tables["train"]["identity"] if "train" in tables else [], return_counts=True)
-    if len(counts) < 2:
-        have = "1 training identity has" if len(counts) else "no training identity has"
-        raise ValueError(f"{have} a picture that decodes: triplets need at least 2")
-    every = np.concatenate(list(tables.values()))
-    summary = Summary(
-        read=len(every) + len(failures),
-        written=len(every),
-        splits={name: SplitSummary(e["identities"], e["samples"], len(e["shards"])) for name, e in entries.items()},
-        single_image_identities=int((counts == 1).sum()),
-        failures=tuple(failures),
-        seconds=0.0,
-    )
-    manifest = {
-        "splits": entries,
-        "image_sizes": {side: _spread(every[side]) for side in ("width", "height")},
-        "read": summary.read,
-        "written": summary.written,
-        "failures": summary.failed,
-        "single_image_identities": summary.single_image_identities,
+def _counted(source: Source) -> Iterator[Found]:
+    with progress("list", total=None) as advance:
+        for number, found in enumerate(source.pictures(), start=1):
+            if number % _SHOW_EVERY == 0:
+                advance(_SHOW_EVERY)
+            yield found
+
+
+_SHOW_EVERY = 1000
+
+
+def _surveyed(work: Work, engine: Engine) -> NDArray[Any]:
+    count = -(-len(work.listing) // SURVEY_ROWS)
+    run_stage(work, "survey", count, engine)
+    return np.concatenate([work.survey_table(number, SURVEY) for number in range(count)])
+
+
+def _plan(work: Work, survey: NDArray[Any] | None) -> None:
+    config, listing = work.config, work.listing
+    people = _people(work)
+    if config.transform.crop != "none":
+        kind = "box" if config.transform.crop == "box" else "landmarks"
+        with work.folder("regions") as folder:
+            build_regions(config.regions, kind, folder)
+    selection = select(listing, config, people, survey)
+    plan = plan_shards(listing.rows, listing.identities, selection.kept, config)
+    if selection.duplicates:
+        work.store.write(f"{WORK}/{DUPLICATES}", duplicates_table(work, selection.duplicates))
+    labelled = np.flatnonzero(plan.labels != NO_LABEL).tolist()
+    hidden = bool(config.pseudonyms)
+    refused = json.loads(work.store.read(LISTING))["refused"]
+    facts = {
+        "names": [pseudonym(row) if hidden else listing.identities[row] for row in labelled],
+        "people": [people.get(listing.identities[row], "") for row in labelled] if people and not hidden else [],
+        "filtered": selection.filtered,
+        "refused": [[f"unlisted/{number:07d}" if hidden else path, why] for number, (path, why) in enumerate(refused)],
+        "duplicates": len(selection.duplicates),
     }
-    return summary, manifest
+    work.commit_plan(plan, facts)
 
 
-def _commit_split(directory: Path, shards: list[Shard]) -> tuple[dict[str, Any], NDArray[Any]]:
-    for number, shard in enumerate(shards):
-        shard.samples["shard"] = number
-    order = np.argsort(np.concatenate([shard.rows for shard in shards]))
-    samples = np.concatenate([shard.samples for shard in shards])[order]
-    index_sha256 = write_index(directory / INDEX, samples)
-    sync_directory(directory)
-    listed = [
-        {
-            "name": shard.name,
-            "bytes": shard.bytes,
-            "samples": len(shard.samples),
-            "extension": shard.extension,
-            "sha256": shard.sha256,
-            "idx_sha256": shard.idx_sha256,
-        }
-        for shard in shards
-    ]
-    identities = len(np.unique(samples["identity"]))
-    entry = {"identities": identities, "samples": len(samples), "index_sha256": index_sha256, "shards": listed}
-    return entry, samples
+def _people(work: Work) -> dict[str, str]:
+    """Name of each id, where the source has VGGFace2's identity_meta.csv."""
+    path = work.config.identity_meta
+    location = str(work.job["found"].get("location", ""))
+    if not path and work.job["found"]["kind"] == "folders" and not is_remote(location):
+        beside = [Path(location, "identity_meta.csv"), Path(location).parent / "identity_meta.csv"]
+        path = next((str(file) for file in beside if file.is_file()), "")
+    return read_identity_meta(path) if path else {}
 
 
-def _spread(values: NDArray[Any]) -> dict[str, int]:
-    """Smallest, middle (the lower of two) and largest."""
-    low, middle, high = (int(np.quantile(values, q, method="lower")) for q in (0, 0.5, 1))
-    return {"min": low, "median": middle, "max": high}
-
-
-def _options(config: ConvertConfig) -> dict[str, Any]:
-    """The settings that decide the bytes."""
-    return {name: value for name, value in asdict(config).items() if name != "workers"}
-
-
-def _commit(directory: Path, manifest: dict[str, Any], failures: list[Failure]) -> None:
-    """Writes the failures, if any, and last the manifest: what has a manifest is whole."""
-    if failures:
-        with committed(directory / FAILURES) as file:
-            for failure in failures:
-                file.write(json.dumps(failure._asdict()).encode() + b"\n")
-    head = {"format": FORMAT, "version": VERSION, "tool": f"facescale {version('facescale')}"}
-    with committed(directory / MANIFEST) as file:
-        file.write(json.dumps(head | manifest, indent=1).encode() + b"\n")
-    sync_directory(directory)
+def _write_mapping(work: Work) -> None:
+    """What the pseudonyms stand for, in a file that its owner alone may read."""
+    path = work.config.pseudonyms
+    if not path:
+        return
+    with committed(Path(path), 0o600) as file:
+        file.write(b"pseudonym,identity\n")
+        for row, name in enumerate(work.listing.identities):
+            text = io.StringIO()
+            csv.writer(text, lineterminator="\n").writerow((pseudonym(row), name))
+            file.write(os.fsencode(text.getvalue()))

@@ -1,9 +1,11 @@
 """Byte index of every sample in every tar of a shard set: written by the conversion, memory-mapped by the reader."""
 
 import hashlib
+import io
 import json
 import os
 import re
+import secrets
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import cached_property
@@ -14,9 +16,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 FORMAT = "facescale-shards"
-VERSION = 1
+VERSION = 2
 MANIFEST = "manifest.json"
 INDEX = "index.npy"
+IDENTITIES = "identities.npy"
+WIDS = "wids.json"
 BLOCK = 512
 """Bytes of a tar block: a member is one header block and its data, padded to whole blocks."""
 
@@ -32,10 +36,21 @@ SAMPLE = np.dtype(
         ("height", "<u2"),
     ]
 )
+IDENTITY = np.dtype(
+    [
+        ("split", "u1"),  # position in SPLITS
+        ("identity", "<u4"),  # label
+        ("start", "<u8"),  # first of its rows in the split
+        ("count", "<u4"),
+    ]
+)
 
+TEMPORARY = ".tmp"
+
+_TABLE_ROWS = 2**18
 _SHARD_NAME = re.compile(r"\d{6}\.tar")
 _SHARD_FIELDS = (("bytes", int), ("samples", int), ("sha256", str), ("idx_sha256", str))
-_SPLIT_FIELDS = (("identities", int), ("samples", int), ("index_sha256", str), ("shards", list))
+_SPLIT_FIELDS = (("start", int), ("identities", int), ("samples", int), ("index_sha256", str), ("shards", list))
 
 
 class Member(NamedTuple):
@@ -72,8 +87,8 @@ class ShardSet:
 
     @property
     def fingerprint(self) -> str:
-        """SHA-256 of the training split's index, which has the checksum of every picture."""
-        return self.manifest["splits"]["train"]["index_sha256"]
+        """SHA-256 of the training split's rows of the index, which have the checksum of every picture."""
+        return self.manifest["splits"][self.splits[0]]["index_sha256"]
 
     @property
     def splits(self) -> tuple[str, ...]:
@@ -86,9 +101,19 @@ class ShardSet:
         Raises:
             ValueError: no such split here, or a tar or the index is missing, of the wrong size or inconsistent.
         """
-        if name not in self.splits:
+        if name not in SPLITS or name not in self.splits:
             raise ValueError(f"{self.path} has no split {name!r}: it has {', '.join(self.splits)}")
-        return Split(self.path, name, self.manifest["splits"][name])
+        return Split(self.path, name, self.manifest)
+
+    def check_identities(self, name: str, samples: NDArray[Any]) -> None:
+        """Compares identities.npy with a split's rows of the index, of `SAMPLE`.
+
+        Raises:
+            ValueError: they do not agree.
+        """
+        own = _identities(self.path, name, self.manifest)
+        if (samples["identity"][own["start"].astype(np.int64)] != own["identity"]).any():
+            raise ValueError(f"{self.path / IDENTITIES} does not fit the index: convert again")
 
 
 class Split:
@@ -103,18 +128,19 @@ class Split:
         counts: samples of each of them, shape (i,).
     """
 
-    def __init__(self, root: Path, name: str, entry: dict[str, Any]) -> None:
+    def __init__(self, root: Path, name: str, manifest: dict[str, Any]) -> None:
         self.name = name
         self.directory = root / name
         self._root = root
-        self._entry = entry
+        self._entry = entry = manifest["splits"][name]
         self.shards = [self.directory / shard["name"] for shard in entry["shards"]]
         self.check_sizes()
-        self.samples = map_index(self.directory / INDEX, entry["samples"])
-        self._check_ranges()
-        self.identities, first = np.unique(self.samples["identity"], return_index=True)
-        self.starts = np.append(first, len(self.samples)).astype(np.int64)
-        self.counts = np.diff(self.starts)
+        self._bytes = np.array([shard["bytes"] for shard in entry["shards"]], dtype=np.uint64)
+        total = sum(split["samples"] for split in manifest["splits"].values())
+        self.samples = map_table(root / INDEX, SAMPLE, total)[entry["start"] : entry["start"] + entry["samples"]]
+        own = _identities(root, name, manifest)
+        self.identities, self.counts = own["identity"], own["count"]
+        self.starts = np.append(own["start"], len(self.samples)).astype(np.int64)
 
     def __len__(self) -> int:
         return len(self.samples)
@@ -150,14 +176,34 @@ class Split:
                 message = f"shard {path} is {found:,} bytes, its manifest says {expected:,}: it was {how}. {hint}"
                 raise ValueError(message)
 
-    def _check_ranges(self) -> None:
-        samples = self.samples
-        sizes = np.array([shard["bytes"] for shard in self._entry["shards"]], dtype=np.uint64)
-        inside = bool((samples["shard"] < len(sizes)).all())
-        inside = inside and bool((samples["offset"] >= BLOCK).all())
-        inside = inside and bool((samples["offset"] + samples["size"] <= sizes[samples["shard"]]).all())
-        if not inside or (samples["identity"][1:] < samples["identity"][:-1]).any():
-            raise ValueError(f"{self.directory / INDEX} does not fit its tars: run `facescale verify {self._root}`")
+    def check_places(self, rows: NDArray[Any]) -> None:
+        """Compares rows of the index with the sizes of the tars, so that nothing is read from outside them.
+
+        Raises:
+            ValueError: a row points to no shard or outside its tar.
+        """
+        inside = bool((rows["shard"] < len(self._bytes)).all())
+        inside = inside and bool((rows["offset"] >= BLOCK).all())
+        inside = inside and bool((rows["offset"] + rows["size"] <= self._bytes[rows["shard"]]).all())
+        if not inside:
+            raise ValueError(f"{self._root / INDEX} does not fit its tars: run `facescale verify {self._root}`")
+
+
+def _identities(root: Path, name: str, manifest: dict[str, Any]) -> NDArray[Any]:
+    """A split's part of identities.npy, of `IDENTITY`.
+
+    Raises:
+        ValueError: it is missing, of another length, or its counts and starts do not make up the split.
+    """
+    rows = sum(split["identities"] for split in manifest["splits"].values())
+    table = map_table(root / IDENTITIES, IDENTITY, rows)
+    own = table[table["split"] == SPLITS.index(name)]
+    ends = np.cumsum(own["count"], dtype=np.uint64)
+    entry = manifest["splits"][name]
+    whole = len(own) == entry["identities"] > 0 and int(ends[-1]) == entry["samples"]
+    if not whole or (own["start"] != ends - own["count"]).any() or (own["identity"][1:] <= own["identity"][:-1]).any():
+        raise ValueError(f"{root / IDENTITIES} does not fit the index: run `facescale verify {root}`")
+    return own
 
 
 def read_manifest(directory: Path) -> dict[str, Any]:
@@ -179,24 +225,18 @@ def read_manifest(directory: Path) -> dict[str, Any]:
     return manifest
 
 
-def write_index(path: Path, samples: NDArray[Any]) -> str:
-    """Writes `samples` (of `SAMPLE`, sorted by identity, then key) as .npy; returns the file's SHA-256."""
-    assert samples.dtype == SAMPLE, samples.dtype
-    assert len(samples), "an empty array cannot be mapped"
-    header = {"descr": np.lib.format.dtype_to_descr(SAMPLE), "fortran_order": False, "shape": samples.shape}
-    with committed(path) as file:
-        np.lib.format.write_array_header_1_0(file, header)
-        file.write(samples.tobytes())
-    return file.sha256
+def write_table(file: "HashedFile", table: NDArray[Any]) -> None:
+    """Writes a one-dimensional array as .npy."""
+    file.write(_header(table.dtype, len(table)))
+    for start in range(0, len(table), _TABLE_ROWS):
+        file.write(table[start : start + _TABLE_ROWS].tobytes())
 
 
-def write_dali_index(path: Path, samples: Sequence[Iterable[Member]]) -> str:
-    """Writes one tar's index in DALI's format v1.2, a line for each sample in the tar's order; returns its SHA-256."""
+def dali_index(samples: Sequence[Iterable[Member]]) -> bytes:
+    """One tar's index in DALI's format v1.2, a line for each sample in the tar's order."""
     lines = [f"v1.2 {len(samples)}"]
     lines += [" ".join(f"{m.extension} {m.offset} {m.size} {m.name}" for m in members) for members in samples]
-    with committed(path) as file:
-        file.write("\n".join([*lines, ""]).encode("ascii"))
-    return file.sha256
+    return "\n".join([*lines, ""]).encode("ascii")
 
 
 class HashedFile:
@@ -218,11 +258,11 @@ class HashedFile:
 
 
 @contextmanager
-def committed(path: Path) -> Iterator[HashedFile]:
+def committed(path: Path, mode: int = 0o600) -> Iterator[HashedFile]:
     """A file that gets its name only when it is whole and on the disk; an exception leaves nothing behind."""
-    temporary = path.with_name(path.name + ".tmp")
+    temporary = path.with_name(f"{path.name}.{secrets.token_hex(4)}{TEMPORARY}")
     try:
-        with temporary.open("wb") as file:
+        with open(temporary, "wb", opener=lambda name, flags: os.open(name, flags | os.O_EXCL, mode)) as file:
             yield HashedFile(file)
             file.flush()
             os.fsync(file.fileno())
@@ -255,22 +295,30 @@ def split_name(name: str) -> tuple[str, str]:
     return folder + slash + stem, extension
 
 
-def map_index(path: Path, rows: int) -> np.memmap[Any, Any]:
-    """Read-only map of an index of so many rows.
+def map_table(path: Path, dtype: np.dtype[Any], rows: int) -> NDArray[Any]:
+    """Read-only map of a table of so many rows.
 
     Raises:
-        ValueError: it is missing, no array, or of another length or type.
+        ValueError: it is missing or of another length or type.
     """
     if not path.is_file():
         raise ValueError(f"{path} is missing: convert again")
-    try:
-        samples = np.load(path, mmap_mode="r", allow_pickle=False)
-    except (ValueError, EOFError) as error:
-        raise ValueError(f"{path} is no index: {error}") from None
-    if not isinstance(samples, np.memmap) or samples.dtype != SAMPLE or samples.shape != (rows,):
-        found = f"{getattr(samples, 'shape', type(samples))} of {getattr(samples, 'dtype', 'no array')}"
-        raise ValueError(f"{path} is {found}, the manifest says ({rows},) of {SAMPLE}: convert again")
-    return samples
+    header = _header(dtype, rows)
+    size, expected = path.stat().st_size, len(header) + rows * dtype.itemsize
+    if size != expected:
+        raise ValueError(f"{path} is {size:,} bytes, one of {rows:,} rows has {expected:,}: convert again")
+    with path.open("rb") as file:
+        if file.read(len(header)) != header:
+            raise ValueError(f"{path} does not begin like one of {rows:,} rows: convert again")
+    return np.memmap(path, dtype, "r", offset=len(header), shape=(rows,))
+
+
+def _header(dtype: np.dtype[Any], rows: int) -> bytes:
+    """What a one-dimensional .npy file begins with."""
+    file = io.BytesIO()
+    descr = np.lib.format.dtype_to_descr(dtype)
+    np.lib.format.write_array_header_1_0(file, {"descr": descr, "fortran_order": False, "shape": (rows,)})
+    return file.getvalue()
 
 
 def _flaw(manifest: dict[str, Any]) -> str | None:
@@ -278,6 +326,8 @@ def _flaw(manifest: dict[str, Any]) -> str | None:
     names, splits = manifest.get("identities"), manifest.get("splits")
     if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
         return "'identities' is not a list of names"
+    if not isinstance(manifest.get("files"), dict) or not isinstance(manifest.get("images"), list):
+        return "it lacks 'files' or 'images'"
     if not isinstance(splits, dict) or not splits or set(splits) - set(SPLITS):
         return f"'splits' is not an object of {', '.join(SPLITS)}"
     for split, entry in splits.items():

@@ -19,6 +19,10 @@ _PIL_FORMATS = {"jpg": "JPEG", "png": "PNG", "pgm": "PPM", "bmp": "BMP", "webp":
 _PNG_END = b"\0\0\0\0IEND\xaeB`\x82"
 _PGM_HEADER = re.compile(rb"P[25](?:\s+(?:#[^\r\n]*\s+)*(\d+)){3}")
 _BMP_INFO_HEADER = 40
+_FRAME_HEADERS = frozenset(range(0xC0, 0xD0)) - {0xC4, 0xC8, 0xCC}
+_JPEG_END = b"\xff\xd9"
+_JPEG_TAIL = 65_536
+"""Bytes at the end of a JPEG in which its end marker is looked for: some cameras append data."""
 
 
 class Refused(ValueError):
@@ -39,21 +43,18 @@ def inspect_image(data: bytes, extension: str, max_pixels: int = MAX_PIXELS) -> 
     Raises:
         ValueError: it does not decode or is refused; the message is the reason.
     """
-    if extension not in _PIL_FORMATS:
-        raise Refused(f"has the extension {extension!r}: allowed are {', '.join(_PIL_FORMATS)}")
-    _refuse_what_stops_dali(data, extension)
-    try:
-        with Image.open(io.BytesIO(data), formats=(_PIL_FORMATS[extension],)) as image:
-            width, height = image.size
-            if width * height > max_pixels or max(width, height) > MAX_SIDE:
-                raise Refused(f"is {width} x {height} pixels: allowed are {max_pixels:,} and {MAX_SIDE:,} a side")
-            image.load()
-            return (height, width) if _orientation(image) in SWAPS_SIDES else (width, height)
-    except Refused:
-        raise
-    except Exception as error:  # Pillow's plugins raise all kinds: SyntaxError, struct.error, IndexError, …
-        reason = re.sub(r"<.*>", "the data", str(error))  # an object's address differs per run
-        raise ValueError(f"does not decode as {_PIL_FORMATS[extension]}: {reason or type(error).__name__}") from None
+    return _inspect(data, extension, max_pixels, whole=True)
+
+
+def probe_image(data: bytes, extension: str, max_pixels: int = MAX_PIXELS) -> tuple[int, int]:
+    """As `inspect_image`, but looks at the header and, of a JPEG, at the end only; what is damaged between is not found."""
+    if extension != "jpg" or b"Exif" in data[:4096]:
+        return _inspect(data, extension, max_pixels, whole=False)
+    width, height = _jpeg_size(data)
+    _refuse_size(width, height, max_pixels)
+    if data.rfind(_JPEG_END, -_JPEG_TAIL) < 0:
+        raise ValueError("is cut short: it has no end-of-image marker")
+    return width, height
 
 
 @contextmanager
@@ -67,6 +68,49 @@ def quiet_pillow() -> Iterator[None]:
             yield
     finally:
         Image.MAX_IMAGE_PIXELS = limit
+
+
+def _inspect(data: bytes, extension: str, max_pixels: int, whole: bool) -> tuple[int, int]:
+    if extension not in _PIL_FORMATS:
+        raise Refused(f"has the extension {extension!r}: allowed are {', '.join(_PIL_FORMATS)}")
+    _refuse_what_stops_dali(data, extension)
+    try:
+        with Image.open(io.BytesIO(data), formats=(_PIL_FORMATS[extension],)) as image:
+            width, height = image.size
+            _refuse_size(width, height, max_pixels)
+            if whole:
+                if image.format == "JPEG":  # every bit of it is read, an eighth of its sides computed: 30 % faster
+                    image.draft("L", (1, 1))
+                image.load()
+            return (height, width) if _orientation(image) in SWAPS_SIDES else (width, height)
+    except Refused:
+        raise
+    except Exception as error:  # Pillow's plugins raise all kinds: SyntaxError, struct.error, IndexError, …
+        reason = re.sub(r"<.*>", "the data", str(error))  # an object's address differs per run
+        raise ValueError(f"does not decode as {_PIL_FORMATS[extension]}: {reason or type(error).__name__}") from None
+
+
+def _refuse_size(width: int, height: int, max_pixels: int) -> None:
+    if width * height > max_pixels or max(width, height) > MAX_SIDE:
+        raise Refused(f"is {width} x {height} pixels: allowed are {max_pixels:,} and {MAX_SIDE:,} a side")
+
+
+def _jpeg_size(data: bytes) -> tuple[int, int]:
+    """Width and height in a JPEG's first frame header (ITU T.81, B.2.2)."""
+    at = 2
+    try:
+        while True:
+            if data[at] != 0xFF:
+                raise ValueError("does not decode as JPEG: no marker where one must be")
+            marker = data[at + 1]
+            if marker in _FRAME_HEADERS:
+                size = data[at + 7] << 8 | data[at + 8], data[at + 5] << 8 | data[at + 6]
+                if 0 in size:
+                    raise ValueError("does not decode as JPEG: it has no width or height")
+                return size
+            at += 1 if marker == 0xFF else 2 + (data[at + 2] << 8 | data[at + 3])
+    except IndexError:
+        raise ValueError("is cut short: it has no frame header") from None
 
 
 def _refuse_what_stops_dali(data: bytes, extension: str) -> None:

@@ -24,8 +24,13 @@ class TarReader:
         return mapped, np.frombuffer(mapped, np.uint8)
 
     def read(self, samples: Ints) -> list[NDArray[np.uint8]]:
-        """The encoded bytes of each sample, views of the mapped tar, in the order asked for."""
+        """The encoded bytes of each sample, views of the mapped tar, in the order asked for.
+
+        Raises:
+            ValueError: the index points outside a tar.
+        """
         rows = self._split.samples[samples]
+        self._split.check_places(rows)
         images = []
         for shard, offset, size in zip(*(rows[name].tolist() for name in ("shard", "offset", "size")), strict=True):
             images.append(self._map(shard)[1][offset : offset + size])
@@ -34,6 +39,7 @@ class TarReader:
     def read_ahead(self, samples: Ints) -> None:
         """Asks the kernel to bring these samples into the page cache; returns at once."""
         rows = self._split.samples[samples]
+        self._split.check_places(rows)
         for shard, offset, size in zip(*(rows[name].tolist() for name in ("shard", "offset", "size")), strict=True):
             begin = offset - offset % mmap.PAGESIZE
             self._map(shard)[0].madvise(mmap.MADV_WILLNEED, begin, offset + size - begin)

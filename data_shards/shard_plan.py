@@ -1,117 +1,114 @@
 """Pure: (listing, settings) -> which picture goes into which shard of which split."""
 
-import os
-from collections import defaultdict
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from hashlib import blake2b
-from itertools import groupby
-from typing import Literal, NamedTuple
+from typing import Any, NamedTuple
 
+import numpy as np
+from numpy.typing import NDArray
+
+from data_shards.convert_config import ConvertConfig
+from data_shards.counter_random import random_bits
 from data_shards.index import BLOCK, SPLITS
-from data_shards.pictures import MAX_PIXELS
-from data_shards.sources import SourceImage
+from data_shards.listing import name_draw
 
 MAX_SHARDS = 1_000_000
 """Of one split: names have six digits."""
 END = bytes(2 * BLOCK)
 """Two zero blocks end a tar."""
+NO_LABEL = np.uint32(2**32 - 1)
+SHARD = np.dtype([("split", "u1"), ("number", "<u4"), ("extension", "u1"), ("start", "<u8"), ("stop", "<u8")])
+
+_HELD_IDENTITY, _HELD_IMAGE, _IMAGE, _GROUP = range(4)
+"""What a draw is for: the first counter behind the seed."""
+_MASK = 2**64 - 1
 
 
-@dataclass(kw_only=True, frozen=True)
-class ConvertConfig:
-    """Settings of a conversion; all but `workers` decide the bytes that come out."""
+@dataclass(frozen=True)
+class Plan:
+    """What goes into every shard.
 
-    holdout_identities: int | float | tuple[str, ...] = 0
-    """Identities kept out of training as a whole: how many, a fraction in (0, 1), or their names."""
-    holdout_images: int = 0
-    """Images of each training identity kept out of training; identities with fewer than this + 2 images give none."""
-    shard_bytes: int = 256 * 2**20
-    """A shard is closed before it would grow beyond this many bytes; a sample larger than that gets its own."""
-    images_per_group: int = 4
-    """K: images of one identity that lie together in a shard; the K of the PK batches for streaming."""
-    order: Literal["groups", "identity"] = "groups"
-    """groups: each identity's images in groups of K, groups shuffled over all shards. identity: as listed."""
-    seed: int = 0
-    """Draws the held-out identities and images and the shuffle."""
-    workers: int | None = None
-    """Processes; None: as many as this process may use cores. Does not change a byte of the output."""
-    max_pixels: int = MAX_PIXELS
-    """Width times height above which a picture is refused as a decompression bomb."""
+    Attributes:
+        order: rows of the listing, shard after shard, in the order in which they lie in the tars, shape (m,).
+        shards: of `SHARD`, shape (s,): a range of `order` each.
+        labels: label of each identity of the listing, `NO_LABEL` where none of its pictures is kept, shape (i,).
+    """
 
-    def __post_init__(self) -> None:
-        held = self.holdout_identities
-        if isinstance(held, float) and not 0 < held < 1:
-            raise ValueError(f"holdout_identities is {held}; a fraction is between 0 and 1, a count is a whole number")
-        if isinstance(held, int) and held < 0:
-            raise ValueError(f"holdout_identities is {held}; a count is 0 or more")
-        if self.holdout_images < 0:
-            raise ValueError(f"holdout_images is {self.holdout_images}; a count is 0 or more")
-        for name in ("shard_bytes", "images_per_group", "max_pixels"):
-            if (value := getattr(self, name)) < 1:
-                raise ValueError(f"{name} is {value}; it must be 1 or more")
-        if self.order not in ("groups", "identity"):
-            raise ValueError(f"order is {self.order!r}; it must be 'groups' or 'identity'")
-        if self.workers is not None and self.workers < 1:
-            raise ValueError(f"workers is {self.workers}; it must be 1 or more")
+    order: NDArray[np.int64]
+    shards: NDArray[Any]
+    labels: NDArray[np.uint32]
 
 
-class ShardPlan(NamedTuple):
-    """What goes into one shard, in this order."""
+class Job(NamedTuple):
+    """One shard to write."""
 
     split: str
     name: str
-    pictures: tuple[SourceImage, ...]
-    labels: tuple[int, ...]
-    rows: tuple[int, ...]
-    """Positions in the planned listing, whose order is that of (identity, key)."""
+    extension: int
+    rows: NDArray[np.int64]
 
 
-def plan_shards(pictures: Sequence[SourceImage], config: ConvertConfig) -> tuple[list[str], list[ShardPlan]]:
-    """Identity names, whose positions are the labels, and every shard of every split.
+def plan_shards(rows: NDArray[Any], identities: Sequence[str], kept: NDArray[np.bool_], config: ConvertConfig) -> Plan:
+    """Cuts the kept pictures into the shards of every split.
 
     A shard holds pictures of one extension only, since `datasets` takes the columns from a tar's first samples. Shards
-    are cut by the size that they have if every picture survives.
+    are cut by the size that they have if every picture survives as it is.
 
     Args:
-        pictures: sorted by identity, then key, as `scan` returns them.
+        rows: of `listing.ROW`, sorted by identity, then key, shape (n,).
+        identities: their names.
+        kept: which rows no filter has taken out, shape (n,).
     Raises:
         ValueError: a hold-out that does not fit, or fewer than two identities left for training.
     """
-    names = list(dict.fromkeys(picture.identity for picture in pictures))
-    labels = {name: label for label, name in enumerate(names)}
-    plans = []
-    for split, rows in _split(pictures, names, config).items():
-        contents = list(_shard_rows(pictures, rows, config))
-        if len(contents) > MAX_SHARDS:
-            raise ValueError(f"shard_bytes is {config.shard_bytes:,}: {len(contents):,} shards, allowed is a million")
-        for number, chosen in enumerate(contents):
-            images = tuple(pictures[row] for row in chosen)
-            owners = tuple(labels[picture.identity] for picture in images)
-            plans.append(ShardPlan(split, f"{number:06d}.tar", images, owners, tuple(chosen)))
-    return names, plans
+    chosen = np.flatnonzero(kept)
+    owners = rows["identity"][chosen]
+    present = np.unique(owners)
+    labels = np.full(len(identities), NO_LABEL)
+    labels[present] = np.arange(len(present), dtype=np.uint32)
+    splits = _splits(rows["draw"][chosen], owners, [identities[number] for number in present], present, config)
+    parts, shards, length = [], [], 0
+    for code in range(len(SPLITS)):
+        number = 0
+        in_split = chosen[splits == code]
+        for extension in np.unique(rows["extension"][in_split]):
+            order = _ordered(rows, in_split[rows["extension"][in_split] == extension], config)
+            parts.append(order)
+            for start, stop in _cuts(rows["size"][order], config):
+                shards.append((code, number, extension, length + start, length + stop))
+                number += 1
+            length += len(order)
+        if number > MAX_SHARDS:
+            raise ValueError(f"shard_bytes is {config.shard_bytes:,}: {number:,} shards, allowed is a million")
+    return Plan(np.concatenate(parts), np.array(shards, SHARD), labels)
 
 
-def _split(pictures: Sequence[SourceImage], names: list[str], config: ConvertConfig) -> dict[str, list[int]]:
-    """Rows of each split, ascending."""
-    unseen = _held_out_identities(names, config)
-    rows: dict[str, list[int]] = {split: [] for split in SPLITS}
-    for name, group in groupby(range(len(pictures)), key=lambda row: pictures[row].identity):
-        members = list(group)
-        if name in unseen:
-            rows["unseen_identities"] += members
-            continue
-        drawn = _shuffled(members, pictures, f"{config.seed} held-out image")
-        held = set(drawn[: config.holdout_images]) if len(members) >= config.holdout_images + 2 else set()
-        rows["unseen_images"] += sorted(held)
-        rows["train"] += [row for row in members if row not in held]
-    if config.holdout_images and not rows["unseen_images"]:
-        need = config.holdout_images + 2
-        raise ValueError(f"holdout_images is {config.holdout_images}, but no training identity has {need} images")
-    return rows
+def job(plan: Plan, number: int) -> Job:
+    """Shard `number` of the plan."""
+    shard = plan.shards[number]
+    rows = np.asarray(plan.order[int(shard["start"]) : int(shard["stop"])])
+    return Job(SPLITS[shard["split"]], f"{shard['number']:06d}.tar", int(shard["extension"]), rows)
 
 
-def _held_out_identities(names: list[str], config: ConvertConfig) -> set[str]:
+def _splits(
+    draws: NDArray[np.uint64], owners: NDArray[Any], names: list[str], present: NDArray[Any], config: ConvertConfig
+) -> NDArray[np.uint8]:
+    """Position in `SPLITS` of each picture."""
+    unseen = present[_held_out_identities(names, config)]
+    splits = np.where(np.isin(owners, unseen), np.uint8(1), np.uint8(0))
+    if config.holdout_images:
+        order = np.lexsort((random_bits(config.seed & _MASK, _HELD_IMAGE, draws), owners))
+        place, counts = _places(owners[order])
+        held = order[(place < config.holdout_images) & (counts >= config.holdout_images + 2)]
+        splits[held[splits[held] == 0]] = 2
+        if not (splits == 2).any():
+            need = config.holdout_images + 2
+            raise ValueError(f"holdout_images is {config.holdout_images}, but no training identity has {need} images")
+    return splits
+
+
+def _held_out_identities(names: list[str], config: ConvertConfig) -> NDArray[np.int64]:
+    """Positions among the names."""
     held = config.holdout_identities
     if isinstance(held, tuple):
         missing = sorted(set(held) - set(names))
@@ -119,58 +116,64 @@ def _held_out_identities(names: list[str], config: ConvertConfig) -> set[str]:
             raise ValueError(
                 f"holdout_identities names {missing[0]!r}, which is not among the {len(names):,} identities"
             )
-        chosen = set(held)
+        chosen = np.flatnonzero(np.isin(np.array(names, object), list(held))) if held else np.zeros(0, np.int64)
     else:
         count = max(1, round(held * len(names))) if isinstance(held, float) else held
-        chosen = set(sorted(names, key=lambda name: _draw(f"{config.seed} held-out identity", name))[:count])
-        if count > len(chosen):
+        draws = random_bits(
+            config.seed & _MASK, _HELD_IDENTITY, np.array([name_draw(name) for name in names], np.uint64)
+        )
+        chosen = np.argsort(draws, kind="stable")[:count] if names else np.zeros(0, np.int64)
+        if count > len(names):
             raise ValueError(f"holdout_identities is {held}, but there are {len(names):,} identities")
-    if (left := len(names) - len(chosen)) < 2:
-        held_out = f" after holding out {len(chosen):,}" if chosen else ""
+    left = len(names) - len(chosen)
+    if left < 2 and not config.evaluation_only:
+        held_out = f" after holding out {len(chosen):,}" if len(chosen) else ""
         only = f"{left} identity" if left else "no identity"
         raise ValueError(f"{only} left for training{held_out}: triplets need at least 2")
     return chosen
 
 
-def _shard_rows(pictures: Sequence[SourceImage], rows: list[int], config: ConvertConfig) -> Iterator[list[int]]:
-    """Rows of each shard, in the order in which they lie in it."""
-    by_extension: dict[str, list[int]] = defaultdict(list)
-    for row in rows:
-        by_extension[pictures[row].extension].append(row)
-    for _, same in sorted(by_extension.items()):
-        shard: list[int] = []
-        length = len(END)
-        for row in _ordered(pictures, same, config):
-            need = _sample_bytes(pictures[row].size)
-            if shard and length + need > config.shard_bytes:
-                yield shard
-                shard, length = [], len(END)
-            shard.append(row)
-            length += need
-        yield shard
-
-
-def _ordered(pictures: Sequence[SourceImage], rows: list[int], config: ConvertConfig) -> Iterable[int]:
+def _ordered(rows: NDArray[Any], chosen: NDArray[np.int64], config: ConvertConfig) -> NDArray[np.int64]:
     if config.order == "identity":
-        return rows
-    groups = []
-    for _, group in groupby(rows, key=lambda row: pictures[row].identity):
-        shuffled = _shuffled(list(group), pictures, f"{config.seed} image")
-        k = config.images_per_group
-        groups += [shuffled[start : start + k] for start in range(0, len(shuffled), k)]
-    groups.sort(key=lambda members: _draw(f"{config.seed} group", pictures[members[0]].key))
-    return [row for members in groups for row in members]
+        return chosen
+    if config.order == "source":
+        return chosen[np.lexsort((rows["offset"][chosen], rows["part"][chosen]))]
+    draws = rows["draw"][chosen]
+    mixed = random_bits(config.seed & _MASK, _IMAGE, draws)
+    if config.order == "random":
+        return chosen[np.argsort(mixed, kind="stable")]
+    owners = rows["identity"][chosen]
+    shuffled = np.lexsort((mixed, owners))
+    place, _ = _places(owners[shuffled])
+    starts = place % config.images_per_group == 0
+    group = np.cumsum(starts) - 1
+    first_draws = random_bits(config.seed & _MASK, _GROUP, draws[shuffled[starts]])
+    rank = np.empty(len(first_draws), np.int64)
+    rank[np.argsort(first_draws, kind="stable")] = np.arange(len(rank))
+    return chosen[shuffled[np.argsort(rank[group], kind="stable")]]
 
 
-def _shuffled(rows: list[int], pictures: Sequence[SourceImage], purpose: str) -> list[int]:
-    return sorted(rows, key=lambda row: _draw(purpose, pictures[row].key))
+def _places(owners: NDArray[Any]) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+    """Number of each picture within its identity, and how many the identity has; `owners` is sorted."""
+    starts = np.flatnonzero(np.append(True, owners[1:] != owners[:-1])) if len(owners) else np.zeros(0, np.int64)
+    counts = np.diff(np.append(starts, len(owners)))
+    return np.arange(len(owners)) - np.repeat(starts, counts), np.repeat(counts, counts)
 
 
-def _draw(purpose: str, name: str) -> bytes:
-    """Random bits that depend on these words alone: the same on every machine and numpy, whatever else is listed."""
-    return blake2b(os.fsencode(f"{purpose} {name}"), digest_size=16).digest()
+def _cuts(sizes: NDArray[Any], config: ConvertConfig) -> Iterator[tuple[int, int]]:
+    """Ranges that make a shard each: as many samples as fit, but one at least."""
+    ends = np.cumsum(_sample_bytes(sizes))
+    room = config.shard_bytes - len(END)
+    start = 0
+    while start < len(sizes):
+        before = int(ends[start - 1]) if start else 0
+        stop = max(start + 1, int(np.searchsorted(ends, before + room, side="right")))
+        if config.shard_samples is not None:
+            stop = min(stop, start + config.shard_samples)
+        yield start, stop
+        start = stop
 
 
-def _sample_bytes(size: int) -> int:
-    """Bytes that a picture and its label take in a tar: two headers, the label's block, the picture in whole blocks."""
-    return 3 * BLOCK + -(-size // BLOCK) * BLOCK
+def _sample_bytes(sizes: NDArray[Any]) -> NDArray[np.int64]:
+    """Bytes that pictures and labels take in a tar: two headers, the label's block, the picture in whole blocks."""
+    return 3 * BLOCK + -(-sizes.astype(np.int64) // BLOCK) * BLOCK

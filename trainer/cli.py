@@ -5,8 +5,11 @@ import os
 import re
 import sys
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import NoReturn
+
+from trainer.cli_shards import add_shard, add_shards, add_verify
 
 _DESCRIPTION = "Train face-embedding networks from WebDataset shards: pictures -> shards -> network -> report."
 _DISTRIBUTED = "More than one process: accelerate launch -m trainer.train, with the same options."
@@ -46,8 +49,7 @@ def _parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(required=True, metavar="COMMAND", parser_class=_Parser)
     for add in (
         _add_synthesize,
-        _add_shard,
-        _add_verify,
+        _add_shards,
         _add_train,
         _add_embed,
         _add_evaluate,
@@ -58,12 +60,22 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
-def _command(commands: argparse._SubParsersAction, name: str, text: str, run: Callable) -> argparse.ArgumentParser:
+def _command(
+    commands: argparse._SubParsersAction, name: str, text: str, run: Callable | None
+) -> argparse.ArgumentParser:
     parser = commands.add_parser(
         name, help=text, description=text, formatter_class=argparse.ArgumentDefaultsHelpFormatter
     )
-    parser.set_defaults(command=run)
+    if run:
+        parser.set_defaults(command=run)
     return parser
+
+
+def _add_shards(commands: argparse._SubParsersAction) -> None:
+    add = partial(_command, commands)
+    add_shard(add)
+    add_verify(add)
+    add_shards(add, _Parser)
 
 
 def _add_synthesize(commands: argparse._SubParsersAction) -> None:
@@ -89,95 +101,6 @@ def _synthesize(args: argparse.Namespace) -> int:
     )
     print(f"{written:,} images of {args.identities:,} identities in {args.out}")
     return 0
-
-
-def _add_shard(commands: argparse._SubParsersAction) -> None:
-    parser = _command(commands, "shard", "Pack pictures sorted by identity into WebDataset tar shards.", _shard)
-    parser.add_argument(
-        "source", type=Path, metavar="SOURCE", help="folder of identity/image.jpg (png, pgm, bmp, webp)"
-    )
-    parser.add_argument("out", type=Path, metavar="OUT", help="folder to make")
-    parser.add_argument(
-        "--holdout-identities",
-        default="0",
-        metavar="N|FRACTION|FILE",
-        help="identities kept out of training as a whole: a count, a fraction below 1, or a text file of names, one a line",
-    )
-    parser.add_argument(
-        "--holdout-images",
-        type=int,
-        default=0,
-        metavar="N",
-        help="images of each training identity kept out of training",
-    )
-    parser.add_argument("--shard-mib", type=float, default=256, help="largest size of a shard in MiB")
-    parser.add_argument("--images-per-group", type=int, default=4, help="images of an identity that lie together")
-    parser.add_argument(
-        "--order",
-        choices=["groups", "identity"],
-        default="groups",
-        help="groups: shuffled groups of an identity's images",
-    )
-    parser.add_argument("--seed", type=int, default=0, help="draws what is held out, and the shuffle")
-    parser.add_argument("--max-pixels", type=int, default=100_000_000, help="pictures with more are refused")
-    _add_workers(parser)
-
-
-def _shard(args: argparse.Namespace) -> int:
-    from data_shards.convert import ConvertConfig, convert
-
-    config = ConvertConfig(
-        holdout_identities=_holdout(args.holdout_identities),
-        holdout_images=args.holdout_images,
-        shard_bytes=_mebibytes(args.shard_mib),
-        images_per_group=args.images_per_group,
-        order=args.order,
-        seed=args.seed,
-        workers=args.workers,
-        max_pixels=args.max_pixels,
-    )
-    print(convert(args.source, args.out, config))
-    return 0
-
-
-def _mebibytes(size: float) -> int:
-    if not 2**-20 <= size < 2**40:
-        raise ValueError(f"--shard-mib is {size}; it must be above 0 and finite")
-    return int(size * 2**20)
-
-
-def _holdout(text: str) -> int | float | tuple[str, ...]:
-    for kind in (int, float):
-        try:
-            return kind(text)
-        except ValueError:
-            pass
-    path = Path(text)
-    if not path.is_file():
-        raise ValueError(f"--holdout-identities {text} is neither a number nor a file of names")
-    try:
-        lines = path.read_text().splitlines()
-    except UnicodeDecodeError:
-        raise ValueError(f"--holdout-identities {path} is not a text file of names") from None
-    return tuple(line.strip() for line in lines if line.strip())
-
-
-def _add_verify(commands: argparse._SubParsersAction) -> None:
-    parser = _command(
-        commands, "verify", "Check shards against their manifest: sizes, checksums, counts, keys.", _verify
-    )
-    parser.add_argument("shards", type=Path, metavar="DIR", help="folder written by `facescale shard`")
-    parser.add_argument("--decode", action="store_true", help="decode every picture, too")
-
-
-def _verify(args: argparse.Namespace) -> int:
-    from data_shards.verify import verify
-
-    problems = verify(args.shards, decode=args.decode)
-    for problem in problems:
-        print(problem, file=sys.stderr)
-    print(f"{args.shards}: {f'{len(problems):,} problems' if problems else 'all as the manifest says'}")
-    return 1 if problems else 0
 
 
 def _add_train(commands: argparse._SubParsersAction) -> None:

@@ -1,9 +1,9 @@
+import errno
 import io
 import json
+import os
 import tarfile
 import zlib
-from collections import Counter
-from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
@@ -11,29 +11,16 @@ import pytest
 from collections_on_disk import ORL, draw_collection, encoded, every_file, needs_orl
 from PIL import Image
 
-from data_shards import convert as module
+from data_shards import finish as finish_module
+from data_shards import store as store_module
 from data_shards.convert import ConvertConfig, convert
 from data_shards.index import ShardSet
 from data_shards.pictures import inspect_image, quiet_pillow
-from data_shards.shard_plan import plan_shards
-from data_shards.sources import SourceImage
+from data_shards.sources import folders
 
 
 def one(**settings):
     return ConvertConfig(workers=1, **settings)
-
-
-def listing(counts, size=1000, extension="jpg"):
-    return [
-        SourceImage(name, f"{name}/{number:03d}", f"{name}/{number:03d}.jpg", size, extension)
-        for name, count in sorted(counts.items())
-        for number in range(count)
-    ]
-
-
-def planned(pictures, **settings):
-    _, plans = plan_shards(pictures, ConvertConfig(**settings))
-    return {split: [p.key for plan in plans if plan.split == split for p in plan.pictures] for split in module.SPLITS}
 
 
 def tar_members(path):
@@ -95,68 +82,6 @@ def test_the_output_does_not_depend_on_workers_or_run(tmp_path):
     assert sum(name.endswith(".tar") for name in outputs[0]) > 5
 
 
-def test_another_seed_gives_another_order(tmp_path):
-    pictures = listing({f"id{n}": 6 for n in range(10)})
-    assert planned(pictures, seed=0)["train"] != planned(pictures, seed=1)["train"]
-    assert sorted(planned(pictures, seed=0)["train"]) == sorted(planned(pictures, seed=1)["train"])
-
-
-def test_groups_order_keeps_k_images_of_an_identity_together_and_mixes_identities():
-    keys = planned(listing({f"id{n:02d}": 8 for n in range(20)}), images_per_group=4)["train"]
-    owners = [key.split("/")[0] for key in keys]
-    groups = [set(owners[start : start + 4]) for start in range(0, len(owners), 4)]
-    assert all(len(group) == 1 for group in groups)
-    order = [group.pop() for group in groups]
-    assert sum(a == b for a, b in pairwise(order)) < 10  # identity order would have 20
-    assert [key for key in keys if key.startswith("id00")] != sorted(key for key in keys if key.startswith("id00"))
-
-
-def test_identity_order_is_the_listings():
-    pictures = listing({"a": 5, "b": 6})
-    assert planned(pictures, order="identity")["train"] == [picture.key for picture in pictures]
-
-
-def test_shards_are_cut_before_they_grow_too_large():
-    # 3 header and label blocks + 1000 bytes in 2 blocks = 2560; the end takes 1024: 3 fit in 8704, a byte less holds 2
-    _, plans = plan_shards(listing({"a": 4, "b": 4}), ConvertConfig(shard_bytes=8704))
-    assert [len(plan.pictures) for plan in plans] == [3, 3, 2]
-    _, plans = plan_shards(listing({"a": 4, "b": 4}), ConvertConfig(shard_bytes=8703))
-    assert [len(plan.pictures) for plan in plans] == [2, 2, 2, 2]
-    _, plans = plan_shards(listing({"a": 2, "b": 1}), ConvertConfig(shard_bytes=1))
-    assert [plan.name for plan in plans] == ["000000.tar", "000001.tar", "000002.tar"]
-
-
-def test_held_out_identities_share_nothing_with_training():
-    pictures = listing({f"id{n:02d}": 5 for n in range(20)})
-    splits = planned(pictures, holdout_identities=0.25)
-    owners = {split: {key.split("/")[0] for key in keys} for split, keys in splits.items()}
-    assert len(owners["unseen_identities"]) == 5
-    assert len(owners["train"]) == 15
-    assert not owners["unseen_identities"] & owners["train"]
-    assert splits["unseen_images"] == []
-
-
-def test_held_out_identities_by_count_and_by_name():
-    pictures = listing({"a": 3, "b": 3, "c": 3, "d": 3})
-    assert len({key[0] for key in planned(pictures, holdout_identities=2)["unseen_identities"]}) == 2
-    named = planned(pictures, holdout_identities=("b", "d"))
-    assert {key[0] for key in named["unseen_identities"]} == {"b", "d"}
-
-
-def test_a_new_identity_moves_at_most_one_other_out_of_the_hold_out():
-    counts = {f"id{n:02d}": 2 for n in range(30)}
-    before = {key[:4] for key in planned(listing(counts), holdout_identities=5)["unseen_identities"]}
-    after = {key[:4] for key in planned(listing({**counts, "id99": 2}), holdout_identities=5)["unseen_identities"]}
-    assert len(before & after) >= 4
-
-
-def test_held_out_images_leave_two_for_training():
-    splits = planned(listing({"a": 5, "b": 4, "c": 3}), holdout_images=2)
-    assert Counter(key[0] for key in splits["unseen_images"]) == {"a": 2, "b": 2}
-    assert Counter(key[0] for key in splits["train"]) == {"a": 3, "b": 2, "c": 3}
-    assert not set(splits["train"]) & set(splits["unseen_images"])
-
-
 def test_unseen_images_keep_the_training_labels(tmp_path):
     source = draw_collection(tmp_path / "in", {"a": 4, "b": 4, "c": 4})
     convert(source, tmp_path / "out", one(holdout_images=1, holdout_identities=("a",)))
@@ -172,7 +97,7 @@ def test_unseen_images_keep_the_training_labels(tmp_path):
 def test_every_shard_holds_one_extension(tmp_path):
     source = draw_collection(tmp_path / "in", {"a": 4, "b": 4})
     for number in range(4):
-        (source / "a" / f"p{number}.jpg").write_bytes(encoded(number, ".png"))  # misnamed: the bytes decide
+        (source / "a" / f"p{number}.png").write_bytes(encoded(number, ".jpg"))  # misnamed: the name decides
         (source / "b" / f"w{number}.webp").write_bytes(encoded(number, ".webp"))
     convert(source, tmp_path / "out", one())
     kinds = [
@@ -203,14 +128,14 @@ def test_what_does_not_decode_is_named_and_left_out(tmp_path):
 
 def test_a_picture_that_cannot_be_opened_is_left_out(tmp_path, monkeypatch):
     source = draw_collection(tmp_path / "in", {"a": 3, "b": 3})
-    read = Path.read_bytes
+    really = os.open
 
-    def read_bytes(path):
-        if path.name == "001.jpg":
+    def open_(path, *rest, **more):
+        if str(path).endswith("001.jpg"):
             raise PermissionError(13, "Permission denied", str(path))
-        return read(path)
+        return really(path, *rest, **more)
 
-    monkeypatch.setattr(Path, "read_bytes", read_bytes)
+    monkeypatch.setattr(os, "open", open_)
     summary = convert(source, tmp_path / "out", one())
     assert summary.failures == (
         ("a/001.jpg", "cannot be read: Permission denied"),
@@ -224,7 +149,7 @@ def test_a_shard_without_survivors_is_not_written(tmp_path):
     convert(source, tmp_path / "out", one())
     split = ShardSet.open(tmp_path / "out").split("train")
     assert [path.name for path in split.shards] == ["000001.tar"]
-    assert sorted(path.name for path in split.directory.iterdir()) == ["000001.idx", "000001.tar", "index.npy"]
+    assert sorted(path.name for path in split.directory.iterdir()) == ["000001.idx", "000001.tar", "wids.json"]
     assert split.samples["shard"].tolist() == [0] * 4
 
 
@@ -239,16 +164,10 @@ def test_the_manifest_counts_and_names_no_time_or_host(tmp_path):
     }
     assert summary.single_image_identities == manifest["single_image_identities"] == 1
     assert (manifest["read"], manifest["written"], manifest["failures"]) == (7, 7, 0)
-    assert manifest["options"] == {
-        "holdout_identities": 0,
-        "holdout_images": 0,
-        "shard_bytes": 2**28,
-        "images_per_group": 4,
-        "order": "groups",
-        "seed": 7,
-        "max_pixels": 100_000_000,
-    }
-    assert manifest["source"] == str(source)
+    assert manifest["options"]["seed"] == 7
+    assert not {"workers", "readable_by"} & manifest["options"].keys()
+    assert manifest["source"] == {"kind": "folders", "location": str(source)}
+    assert manifest["images"] == [4, 1, 2]
     assert list(manifest)[:3] == ["format", "version", "tool"]
     assert not (tmp_path / "out" / "failures.jsonl").exists()
 
@@ -261,7 +180,12 @@ def test_the_manifest_counts_and_names_no_time_or_host(tmp_path):
         ({"holdout_images": -1}, "holdout_images is -1"),
         ({"shard_bytes": 0}, "shard_bytes is 0"),
         ({"images_per_group": 0}, "images_per_group is 0"),
-        ({"order": "sorted"}, "order is 'sorted'"),
+        ({"order": "sorted"}, "order is 'sorted'; it must be one of groups, identity, random, source"),
+        ({"check": "maybe"}, "check is 'maybe'"),
+        ({"shard_samples": 0}, "shard_samples is 0"),
+        ({"min_images": 0}, "min_images is 0"),
+        ({"near_distance": 17}, "near_distance is 17"),
+        ({"regions": ("boxes.csv",)}, "crop is 'none' with 1 region files: give both or none"),
         ({"workers": 0}, "workers is 0"),
     ],
 )
@@ -311,8 +235,12 @@ def test_one_identity_that_decodes_is_refused(tmp_path):
     assert [path.name for path in tmp_path.iterdir()] == ["in"]
 
 
-def test_an_output_that_exists_is_not_touched(tmp_path, monkeypatch):
-    monkeypatch.setattr(module, "scan", lambda _: pytest.fail("work began"))
+@pytest.fixture
+def no_work(monkeypatch):
+    monkeypatch.setattr(folders.Folders, "pictures", lambda _: pytest.fail("work began"))
+
+
+def test_an_output_that_exists_is_not_touched(tmp_path, no_work):
     source = draw_collection(tmp_path / "in", {"a": 2, "b": 2})
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "thesis.txt").write_text("mine")
@@ -325,21 +253,23 @@ def test_an_output_that_exists_is_not_touched(tmp_path, monkeypatch):
     assert every_file(tmp_path) == before
 
 
-def test_an_output_that_cannot_be_made_is_refused_before_any_work(tmp_path, monkeypatch):
-    monkeypatch.setattr(module, "scan", lambda _: pytest.fail("work began"))
+def test_a_finished_output_is_refused(tmp_path):
+    source = draw_collection(tmp_path / "in", {"a": 2, "b": 2})
+    convert(source, tmp_path / "out", one())
+    before = every_file(tmp_path)
+    with pytest.raises(ValueError, match="out exists and is finished: nothing was touched"):
+        convert(source, tmp_path / "out", one())
+    assert every_file(tmp_path) == before
 
-    def mkdir(path, parents):
+
+def test_an_output_that_cannot_be_made_is_refused_before_any_work(tmp_path, monkeypatch, no_work):
+    def mkdir(path, mode, parents, exist_ok):
         raise PermissionError(13, "Permission denied", str(path))
 
+    source = draw_collection(tmp_path / "in", {"a": 2, "b": 2})
     monkeypatch.setattr(Path, "mkdir", mkdir)
-    with pytest.raises(ValueError, match=r"output .*out cannot be made: .*Permission denied"):
-        convert(tmp_path, tmp_path / "out", one())
-
-
-def test_a_mount_point_is_refused_before_any_work(tmp_path, monkeypatch):
-    monkeypatch.setattr(module.os.path, "ismount", lambda path: Path(path) == tmp_path / "out")
-    with pytest.raises(ValueError, match="out is a mount point"):
-        convert(tmp_path, tmp_path / "out", one())
+    with pytest.raises(ValueError, match=r"output .*out cannot be written: Permission denied"):
+        convert(source, tmp_path / "out", one())
 
 
 def test_an_empty_output_folder_or_a_link_to_one_is_used(tmp_path):
@@ -351,17 +281,230 @@ def test_an_empty_output_folder_or_a_link_to_one_is_used(tmp_path):
     assert sorted(path.name for path in tmp_path.iterdir()) == ["in", "link", "real"]
 
 
-@pytest.mark.parametrize("error", [OSError(28, "No space left on device"), KeyboardInterrupt()])
-def test_a_run_that_fails_leaves_nothing_behind(tmp_path, monkeypatch, error):
+@pytest.mark.parametrize("error", [OSError(errno.ENOSPC, "No space left on device"), KeyboardInterrupt()])
+def test_a_run_that_fails_keeps_what_it_has_and_the_same_command_goes_on(tmp_path, monkeypatch, error):
     source = draw_collection(tmp_path / "in", {"a": 2, "b": 2})
+    convert(source, tmp_path / "undisturbed", one())
 
-    def write_index(*_):
+    def write_table(*_):
         raise error
 
-    monkeypatch.setattr(module, "write_index", write_index)
-    with pytest.raises(type(error)):
+    with monkeypatch.context() as patched:
+        patched.setattr(finish_module, "write_table", write_table)
+        with pytest.raises(type(error)) as caught:
+            convert(source, tmp_path / "out", one())
+    if isinstance(error, OSError):
+        assert str(caught.value) == (
+            f"output {tmp_path}/out: No space left on device; what is written stays, the same command goes on from there"
+        )
+    with pytest.raises(ValueError, match=r"holds no manifest\.json: it is no finished output"):
+        ShardSet.open(tmp_path / "out")
+    written = (tmp_path / "out" / "train" / "000000.tar").stat()
+    convert(source, tmp_path / "out", one())
+    assert (tmp_path / "out" / "train" / "000000.tar").stat() == written, "it was not written again"
+    assert every_file(tmp_path / "out") == every_file(tmp_path / "undisturbed")
+
+
+@pytest.fixture
+def interrupted(tmp_path, monkeypatch):
+    """A source and the output of a conversion of it that was interrupted before its index was written."""
+    source = draw_collection(tmp_path / "in", {"a": 3, "b": 3})
+
+    def write_table(*_):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patched:
+        patched.setattr(finish_module, "write_table", write_table)
+        with pytest.raises(KeyboardInterrupt):
+            convert(source, tmp_path / "out", one())
+    return source, tmp_path / "out"
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"seed": 3}, "was begun with seed 0, now it is 3"),
+        ({"order": "random"}, "was begun with order 'groups', now it is 'random'"),
+        ({"leave_out_identities": ("a",)}, r"was begun with leave_out_identities \[\], now it is \['a'\]"),
+    ],
+)
+def test_other_settings_are_refused_with_the_difference_named(interrupted, settings, message):
+    source, out = interrupted
+    before = every_file(out)
+    with pytest.raises(ValueError, match=f"the unfinished conversion in {out} {message}: go on with"):
+        convert(source, out, one(**settings))
+    assert every_file(out) == before
+    assert convert(source, out, one()).written == 6
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda source: (source / "b" / "001.jpg").unlink(), "b/001.jpg is gone"),
+        (lambda source: (source / "a" / "new.jpg").write_bytes(encoded(1)), "a/new.jpg is new"),
+        (lambda source: (source / "a" / "000.jpg").write_bytes(b"x"), "a/000.jpg has 1 bytes, before"),
+        (lambda source: os.utime(source / "b" / "002.jpg", (1, 1)), "b/002.jpg was modified"),
+    ],
+)
+def test_a_source_that_has_changed_is_refused_with_the_difference_named(interrupted, change, message):
+    source, out = interrupted
+    change(source)
+    before = every_file(out)
+    with pytest.raises(ValueError, match=f"source {source} has changed since the conversion in {out} began: {message}"):
+        convert(source, out, one())
+    assert every_file(out) == before
+
+
+def test_another_source_is_refused(interrupted, tmp_path):
+    source, out = interrupted
+    other = draw_collection(tmp_path / "other", {"a": 3, "b": 3})
+    with pytest.raises(ValueError, match=f"reads a source whose location was '{source}', now it is '{other}'"):
+        convert(other, out, one())
+
+
+def test_another_number_of_workers_may_go_on(interrupted):
+    source, out = interrupted
+    assert convert(source, out, ConvertConfig(workers=2)).written == 6
+
+
+def test_an_output_that_another_process_writes_is_refused(tmp_path, monkeypatch, no_work):
+    source = draw_collection(tmp_path / "in", {"a": 3, "b": 3})
+    (tmp_path / "out").mkdir()
+    monkeypatch.setattr(store_module, "LOCK_PATIENCE_S", 0.2)
+    with (
+        store_module.Store(str(tmp_path / "out")).locked(),
+        pytest.raises(ValueError, match="out is being written by another conversion: nothing was touched"),
+    ):
         convert(source, tmp_path / "out", one())
-    assert [path.name for path in tmp_path.iterdir()] == ["in"]
+    assert list((tmp_path / "out").iterdir()) == []
+
+
+@pytest.mark.parametrize(("who", "file_mode", "folder_mode"), [("owner", 0o600, 0o700), ("all", 0o644, 0o755)])
+def test_the_output_is_readable_by_those_it_is_meant_for(tmp_path, who, file_mode, folder_mode):
+    source = draw_collection(tmp_path / "in", {"a": 3, "b": 3})
+    (source / "a" / "bad.jpg").write_text("bad")
+    umask = os.umask(0)
+    try:
+        convert(source, tmp_path / "out", one(readable_by=who))
+    finally:
+        os.umask(umask)
+    modes = {path: path.stat().st_mode & 0o777 for path in (tmp_path / "out").rglob("*")}
+    assert {mode for path, mode in modes.items() if path.is_file()} == {file_mode}
+    assert {mode for path, mode in modes.items() if path.is_dir()} == {folder_mode}
+    assert len(modes) > 6
+
+
+def test_an_evaluation_set_needs_no_training_identity(tmp_path):
+    source = draw_collection(tmp_path / "in", {"a": 3, "b": 3})
+    convert(source, tmp_path / "out", one(holdout_identities=1.0))
+    shard_set = ShardSet.open(tmp_path / "out")
+    assert shard_set.splits == ("unseen_identities",)
+    assert len(shard_set.split("unseen_identities")) == 6
+
+
+def test_what_the_settings_leave_out_is_counted_and_everything_adds_up(tmp_path):
+    source = draw_collection(tmp_path / "in", {"a": 3, "b": 4, "Zoë_Müller": 3, "few": 1, "d": 2})
+    (source / "a" / "small.jpg").write_bytes(encoded(1, size=(24, 9)))
+    (source / "b" / "bad.jpg").write_text("bad")
+    (source / "b" / "gone.jpg").symlink_to("nowhere")
+    config = one(min_images=2, min_size=10, leave_out_identities=("zoe mueller", "ZOE MULLER", "d"), check="header")
+    summary = convert(source, tmp_path / "out", config)
+    assert summary.filtered == {
+        "identity in leave_out_identities": 5,
+        "identity with fewer than min_images": 1,
+        "smaller than min_size": 1,
+    }
+    assert [path for path, _ in summary.failures] == ["b/bad.jpg", "b/gone.jpg"]
+    assert (summary.read, summary.written) == (16, 7)
+    assert summary.read == summary.written + summary.failed + sum(summary.filtered.values())
+    assert ShardSet.open(tmp_path / "out").identity_names == ["a", "b"]
+
+
+def test_keep_and_leave_out_match_by_id_and_by_the_names_of_identity_meta(tmp_path):
+    source = draw_collection(tmp_path / "in", {f"n00000{number}": 2 for number in range(1, 6)})
+    names = ("14th_Dalai_Lama", "A_Fine_Frenzy", "Abel_Ferrara", "Ed_Harris", "Zoë_Kravitz")
+    rows = [f'n00000{at},"{name}",{at},1,m' for at, name in enumerate(names, start=1)]
+    meta = "Class_ID, Name, Sample_Num, Flag, Gender\n" + "\n".join(rows)
+    (source / "identity_meta.csv").write_text(meta)
+    convert(source, tmp_path / "left", one(leave_out_identities=("abel ferrara", "n000004", "Somebody Else")))
+    assert ShardSet.open(tmp_path / "left").identity_names == ["n000001", "n000002", "n000005"]
+    assert ShardSet.open(tmp_path / "left").manifest["names"] == ["14th_Dalai_Lama", "A_Fine_Frenzy", "Zoë_Kravitz"]
+    convert(source, tmp_path / "kept", one(keep_identities=("zoe-kravitz", "n000001")))
+    assert ShardSet.open(tmp_path / "kept").identity_names == ["n000001", "n000005"]
+    with pytest.raises(ValueError, match="keep_identities names 'Nobody', which is not among the 5 identities"):
+        convert(source, tmp_path / "none", one(keep_identities=("Nobody",)))
+    assert not (tmp_path / "none").exists()
+
+
+def test_only_the_pictures_of_a_list_are_taken(tmp_path):
+    source = draw_collection(tmp_path / "in" / "train", {"n1": 3, "n2": 3, "n3": 2}).parent
+    (tmp_path / "train_list.txt").write_text("n1/000.jpg\nn1/002.jpg\n\nn2/001.jpg\nn2/000.jpg\n")
+    summary = convert(source, tmp_path / "out", one(only_pictures=str(tmp_path / "train_list.txt")))
+    split = ShardSet.open(tmp_path / "out").split("train")
+    assert [split.key(row) for row in range(len(split))] == ["n1/000", "n1/002", "n2/000", "n2/001"]
+    assert summary.filtered == {"picture not in only_pictures": 4}
+
+
+def test_pseudonyms_leave_no_name_in_the_shards(tmp_path):
+    source = draw_collection(tmp_path / "in", {"Ada_Lovelace": 3, "Grace_Hopper": 3, "Mary_Shelley": 2})
+    (source / "Ada_Lovelace" / "bad_Ada.jpg").write_text("bad")
+    (source / "Ada_Lovelace" / "gone_Ada.jpg").symlink_to("nowhere")
+    mapping = tmp_path / "names.csv"
+    convert(source, tmp_path / "out", one(pseudonyms=str(mapping), duplicates="keep"))
+    everything = b"".join(every_file(tmp_path / "out").values())
+    for name in (b"Ada", b"Lovelace", b"Grace", b"Hopper", b"Mary", b"Shelley", str(tmp_path).encode()):
+        assert name not in everything
+    assert mapping.stat().st_mode & 0o777 == 0o600
+    rows = dict(line.split(",") for line in mapping.read_text().splitlines()[1:])
+    assert sorted(rows.values()) == ["Ada_Lovelace", "Grace_Hopper", "Mary_Shelley"]
+    split = ShardSet.open(tmp_path / "out").split("train")
+    ada = next(pseudonym for pseudonym, name in rows.items() if name == "Ada_Lovelace")
+    pictures = {path.read_bytes() for path in (source / "Ada_Lovelace").glob("0*.jpg")}
+    stored = {
+        split.shards[row["shard"]].read_bytes()[row["offset"] :][: row["size"]]
+        for at, row in enumerate(split.samples)
+        if split.key(at).startswith(f"{ada}/")
+    }
+    assert stored == pictures
+    with pytest.raises(ValueError, match=r"names\.csv exists: nothing was touched"):
+        convert(source, tmp_path / "again", one(pseudonyms=str(mapping)))
+
+
+def test_a_url_gives_and_takes_the_same_bytes(tmp_path):
+    import fsspec
+
+    system = fsspec.filesystem("memory")
+    source = draw_collection(tmp_path / "in", {"a": 3, "b": 4})
+    convert(source, tmp_path / "out", one(shard_samples=2))
+    system.put(str(source), "/faces", recursive=True)
+    try:
+        convert("memory://faces", "memory://shards", ConvertConfig(shard_samples=2))
+        stored = {path.removeprefix("/shards/"): system.cat_file(path) for path in system.find("/shards")}
+        here = every_file(tmp_path / "out")
+        assert stored.keys() == here.keys()
+        assert {name for name in here if stored[name] != here[name]} == {"manifest.json"}  # it names the source
+        again = json.loads(stored["manifest.json"])
+        assert again["splits"] == json.loads(here["manifest.json"])["splits"]
+        with pytest.raises(ValueError, match="memory://shards exists and is finished"):
+            convert("memory://faces", "memory://shards", one())
+    finally:
+        system.rm("/faces", recursive=True)
+        system.rm("/shards", recursive=True)
+
+
+@pytest.mark.parametrize(
+    "url", ["pipe:cat /etc/passwd", "pipe://cat", "ftp://host/x", "simplecache::s3://b/x", "sftp://h/x"]
+)
+def test_a_scheme_that_is_not_listed_is_refused_and_runs_nothing(tmp_path, url):
+    canary = tmp_path / "canary"
+    source = draw_collection(tmp_path / "in", {"a": 3, "b": 4})
+    for bad in (url, f"pipe:touch {canary}"):
+        with pytest.raises(ValueError, match="is not a URL that we read or write: allowed are abfs://"):
+            convert(bad, tmp_path / "out", one())
+        with pytest.raises(ValueError, match="is not a URL that we read or write: allowed are abfs://"):
+            convert(source, bad, one())
+    assert not canary.exists()
+    assert not (tmp_path / "out").exists()
 
 
 def test_names_that_are_no_utf8_survive_in_manifest_and_summary(tmp_path):

@@ -47,6 +47,7 @@ OPTIONS = {
         "--seed", "--max-pixels", "--workers",
     ],
     "verify": ["DIR", "--decode"],
+    "shards": ["stats", "export"],
     "train": ["--config", "--run.folder", "--run.resume", "--plan.identities-per-batch", "--loss.margin"],
     "embed": ["RUN", "OUT", "--shards", "--split", "--device"],
     "evaluate": ["RUN", "--shards", "--gallery-images", "--closed-gallery-images", "--knn", "--seed", "--device"],
