@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 
 from data_shards.convert_config import ConvertConfig
 from data_shards.executors import Engine, run_tasks
-from data_shards.face_regions import build_regions
+from data_shards.face_regions import Kind, build_regions
 from data_shards.files import is_remote
 from data_shards.finish import (
     DUPLICATES,
@@ -97,6 +97,8 @@ def _reserved(store: Store) -> Iterator[bool]:
             store.make_folder(WORK)
             store.write(f"{WORK}/writable", b"")
             store.remove(f"{WORK}/writable")
+        for folder in ("", *SPLITS):
+            store.remove_temporary(folder)
         try:
             yield MANIFEST in names
         except ValueError:
@@ -130,8 +132,6 @@ def prepare(store: Store, source: Source, config: ConvertConfig, engine: Engine 
     work = Work(store)
     if store.exists(JOB):
         _require_same(work, source, config)
-        for split in SPLITS:
-            store.remove_temporary(split)
     else:
         store.remove(WORK)
         if config.pseudonyms and os.path.exists(config.pseudonyms):
@@ -223,7 +223,7 @@ def _plan(work: Work, survey: NDArray[Any] | None) -> None:
     config, listing = work.config, work.listing
     people = _people(work)
     if config.transform.crop != "none":
-        kind = "box" if config.transform.crop == "box" else "landmarks"
+        kind: Kind = "box" if config.transform.crop == "box" else "landmarks"
         with work.folder("regions") as folder:
             build_regions(config.regions, kind, folder)
     selection = select(listing, config, people, survey)

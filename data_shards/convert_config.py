@@ -50,8 +50,8 @@ class ConvertConfig:
     """Byte-identical pictures: kept; kept and reported; or only the first of them taken."""
     near_duplicates: Duplicates = "keep"
     """The same for pictures of one identity whose perceptual hashes differ in at most `near_distance` bits."""
-    near_distance: int = 4
-    """Of 64 bits."""
+    near_distance: int = 2
+    """Of 64 bits; of 400 ORL pictures, each taken for itself, 11 have a near duplicate at 2, 38 at 4."""
     transform: TransformConfig = field(default_factory=TransformConfig)
     """Resize, crop and re-encode on the way; by default every byte stays."""
     regions: tuple[str, ...] = ()

@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 
 from data_shards.index import FORMAT, IDENTITIES, IDENTITY, INDEX, MANIFEST, SAMPLE, SPLITS, VERSION, WIDS, write_table
 from data_shards.shard_writer import Failure, Shard
+from data_shards.sources.base import EXTENSIONS
 from data_shards.store import Store
 from data_shards.work import PLAN, TOOL, WORK, Work
 
@@ -182,8 +183,10 @@ def summary_of(store: Store, seconds: float = 0.0) -> Summary:
 
 def require_pictures(source: str, left: int, failures: list[Failure]) -> None:
     """Raises ValueError where no picture of the source can be used."""
+    if not left and not failures:
+        raise ValueError(f"source {source} holds no pictures ({' '.join(EXTENSIONS)}) that belong to an identity")
     if not left:
-        path, reason = failures[0] if failures else ("", "it holds none")
+        path, reason = failures[0]
         raise ValueError(f"none of the {len(failures):,} pictures of {source} can be used; {path} {reason}")
 
 

@@ -235,7 +235,7 @@ def write_table(file: "HashedFile", table: NDArray[Any]) -> None:
 def dali_index(samples: Sequence[Iterable[Member]]) -> bytes:
     """One tar's index in DALI's format v1.2, a line for each sample in the tar's order."""
     lines = [f"v1.2 {len(samples)}"]
-    lines += [" ".join(f"{m.extension} {m.offset} {m.size} {m.name}" for m in members) for members in samples]
+    lines += [" ".join([f"{m[0]} {m[1]} {m[2]} {m[3]}" for m in members]) for members in samples]
     return "\n".join([*lines, ""]).encode("ascii")
 
 

@@ -119,8 +119,8 @@ def _fill(tar: HashedFile, contents: _Contents, extension: str, job: Job, tools:
         if width < min_size or height < min_size:
             contents.too_small += 1
             continue
-        image = writer.add(f"{key}.{extension}", extension, data)
-        contents.entries.append((image, writer.add(f"{key}.cls", "cls", b"%d" % label)))
+        image, text = writer.add(key, extension, data, b"%d" % label)
+        contents.entries.append((image, text))
         contents.samples.append((image.offset, image.size, 0, label, zlib.crc32(data), width, height))
         contents.rows.append(row)
     writer.finish()
@@ -168,7 +168,8 @@ def _checked(data: bytes, named: str, place: Place, tools: Tools) -> tuple[bytes
     region = None
     if tools.regions is not None:
         region = tools.regions.find(*identity_and_stem(place.name))
-    return transform(data, named, config.transform, region)
+    data, _, width, height = transform(data, named, config.transform, region)
+    return data, width, height
 
 
 class _TarWriter:
@@ -179,15 +180,24 @@ class _TarWriter:
         self._parts: list[bytes] = []
         self._pending = 0
 
-    def add(self, name: str, extension: str, data: bytes) -> Member:
-        size = len(data)
-        member = Member(extension, self._tar.length + self._pending + BLOCK, size, name)
-        padding = -size % BLOCK
-        self._parts += (_header(name.encode("ascii"), size), data, _ZEROS[:padding])
-        self._pending += BLOCK + size + padding
+    def add(self, key: str, extension: str, data: bytes, label: bytes) -> tuple[Member, Member]:
+        """Appends a picture and its label."""
+        name, size = key.encode("ascii"), len(data)
+        offset = self._tar.length + self._pending + BLOCK
+        image = b"%b.%b" % (name, extension.encode("ascii"))
+        padding = _ZEROS[: -size % BLOCK]
+        self._parts += (
+            _header(image, size),
+            data,
+            padding,
+            _header(name + b".cls", len(label)),
+            label.ljust(BLOCK, b"\0"),
+        )
+        self._pending += 3 * BLOCK + size + len(padding)
         if self._pending >= CHUNK:
             self._flush()
-        return member
+        label_at = offset + size + len(padding) + BLOCK
+        return Member(extension, offset, size, f"{key}.{extension}"), Member("cls", label_at, len(label), f"{key}.cls")
 
     def finish(self) -> None:
         self._parts.append(END)

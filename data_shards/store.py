@@ -99,7 +99,7 @@ class Store:
         """Removes what interrupted writers have left in a folder."""
         for name in self.names(folder):
             if name.endswith(TEMPORARY):
-                self.remove(f"{folder}/{name}")
+                self.remove(f"{folder}/{name}".lstrip("/"))
 
     def sync(self, folder: str = "") -> None:
         """Makes the names in a folder survive a power cut."""

@@ -10,7 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-from data_shards.pictures import MAX_PIXELS, MAX_SIDE, quiet_pillow
+from data_shards.pictures import MAX_PIXELS, MAX_SIDE, Refused, quiet_pillow
 
 Crop = Literal["none", "box", "align"]
 Format = Literal["jpg", "png", "webp", "keep"]
@@ -130,35 +130,40 @@ def transform(
         ValueError: it does not decode, its region is missing or makes no sense; the message is the reason.
     """
     if region is None and config.crop != "none":
-        raise ValueError("has no box" if config.crop == "box" else "has no landmarks")
+        raise ValueError(f"has no {'box' if config.crop == 'box' else 'landmarks'} in the region files")
     with quiet_pillow():
         image = decoded(data, extension)
-        if config.crop == "align":
-            image = align(image, np.asarray(region, np.float64).reshape(5, 2), config.output_size or image.size)
-        elif config.crop == "box":
-            image = _crop_to_box(image, np.asarray(region, np.float64), config)
+        if region is not None:
+            image = _cropped(image, np.asarray(region, np.float64), config)
         if config.shortest_edge is not None:
             image = _shrink(image, config.shortest_edge)
         extension = config.extension(extension)
         return _encoded(image, extension, config.quality), extension, *image.size
 
 
-def decoded(data: bytes, extension: str, draft: tuple[int, int] | None = None) -> Image.Image:
+def decoded(
+    data: bytes, extension: str, draft: tuple[int, int] | None = None, max_pixels: int | None = None
+) -> Image.Image:
     """A picture in mode L or RGB, as displayed, with nothing of its metadata.
 
     Args:
         draft: a JPEG may be decoded smaller, but not below this size, and to grey.
+        max_pixels: width times height above which it is refused before it is decoded; None: the caller has looked.
     Raises:
-        ValueError: it does not decode; the message is the reason.
+        ValueError: it does not decode or is refused; the message is the reason.
     """
     name = _PIL_FORMATS[extension]
     try:
         with Image.open(io.BytesIO(data), formats=(name,)) as image:
+            if max_pixels is not None and image.width * image.height > max_pixels:
+                raise Refused(f"is {image.width} x {image.height} pixels: allowed are {max_pixels:,}")
             if draft is not None:
                 image.draft("L", draft)
             image.load()
             orientation = _orientation(image)
             plain = _eight_bits(image)
+    except Refused:
+        raise
     except Exception as error:  # Pillow's plugins raise all kinds: SyntaxError, struct.error, IndexError, …
         reason = re.sub(r"<.*>", "the data", str(error))  # an object's address differs per run
         raise ValueError(f"does not decode as {name}: {reason or type(error).__name__}") from None
@@ -225,10 +230,14 @@ def _shifted_back(start: int, side: int, available: int) -> int:
     return min(max(start, min(room, 0)), max(room, 0))
 
 
-def _crop_to_box(image: Image.Image, box: NDArray[np.float64], config: TransformConfig) -> Image.Image:
+def _cropped(image: Image.Image, region: NDArray[np.float64], config: TransformConfig) -> Image.Image:
     """What of the crop lies outside the picture is black."""
     size = config.output_size
-    image = image.crop(box_to_crop(box, config.box_margin, image.size, size[0] / size[1] if size else 1.0))
+    if config.crop == "align":
+        assert size is not None
+        return align(image, region.reshape(5, 2), size)
+    if config.crop == "box":
+        image = image.crop(box_to_crop(region, config.box_margin, image.size, size[0] / size[1] if size else 1.0))
     return _resized(image, size) if size else image
 
 
@@ -258,7 +267,7 @@ def similarity(source: NDArray[np.float64], target: NDArray[np.float64]) -> NDAr
         ValueError: the points all but coincide, or lie quite differently from the target (mirrored, in another order).
     Source: Umeyama 1991, which in the plane is this.
     """
-    z, w = source @ (1, 1j), target @ (1, 1j)
+    z, w = source[:, 0] + 1j * source[:, 1], target[:, 0] + 1j * target[:, 1]
     middle, target_middle = z.mean(), w.mean()
     z, w = z - middle, w - target_middle
     spread, target_spread = float((abs(z) ** 2).sum()), float((abs(w) ** 2).sum())
@@ -296,10 +305,9 @@ def align(image: Image.Image, landmarks: NDArray[np.float64], size: tuple[int, i
     if not ((landmarks >= -sides) & (landmarks <= 2 * sides)).all():
         raise ValueError(f"has landmarks outside its {image.width} x {image.height} pixels")
     matrix = similarity(landmarks, template_for(size))
-    linear = matrix[:, :2]
-    scale = math.hypot(*linear[:, 0])
-    back = linear.T / scale**2
-    shift = 0.5 - back @ (matrix[:, 2] + 0.5)  # Pillow counts from the pixels' edges
+    scale = math.hypot(*matrix[:, 0])
+    back = matrix[:, :2].T / scale**2
+    shift = 0.5 - (back * (matrix[:, 2] + 0.5)).sum(axis=1)  # Pillow counts from the pixels' edges
     factor = max(1, int(1 / scale))
     image = image.reduce(factor)  # averaged, or the bilinear samples would skip pixels
     inverse = np.column_stack([back, shift]) / factor
@@ -316,7 +324,5 @@ def _encoded(image: Image.Image, extension: str, quality: int) -> bytes:
     try:
         image.save(buffer, _PIL_FORMATS[extension], **options.get(extension, {}))
     except (OSError, ValueError) as error:
-        raise ValueError(
-            f"of {image.width} x {image.height} pixels cannot be encoded as {extension}: {error}"
-        ) from None
+        raise ValueError(f"cannot be encoded as {extension} of {image.width} x {image.height}: {error}") from None
     return buffer.getvalue()

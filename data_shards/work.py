@@ -12,6 +12,7 @@ anywhere, in any order and more than once.
 
 import io
 import json
+import secrets
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -52,6 +53,8 @@ class Task(NamedTuple):
     file_mode: int
     stage: Stage
     number: int
+    token: str
+    """Of the conversion: a process may do tasks of several, one after the other, at the same place."""
 
 
 class Done(NamedTuple):
@@ -67,13 +70,15 @@ def run_task(task: Task) -> Done:
     Raises:
         OSError: the output cannot be written.
     """
-    work = _opened(task.location, task.file_mode)
+    work = _opened(task.location, task.file_mode, task.token)
     return work.survey(task.number) if task.stage == "survey" else work.write(task.number)
 
 
 @lru_cache(maxsize=1)
-def _opened(location: str, file_mode: int) -> "Work":
-    return Work(Store(location, file_mode))
+def _opened(location: str, file_mode: int, token: str) -> "Work":
+    work = Work(Store(location, file_mode))
+    assert work.job["token"] == token, "the tasks are those of the conversion at this place"
+    return work
 
 
 class Work:
@@ -142,12 +147,19 @@ class Work:
         """The tasks of a stage that have not been committed."""
         committed = set(self.store.names(f"{WORK}/{stage}"))
         numbers = (number for number in range(count) if f"{number:07d}" not in committed)
-        return [Task(self.store.location, self.store.file_mode, stage, number) for number in numbers]
+        place = self.store.location, self.store.file_mode
+        return [Task(*place, stage, number, self.job["token"]) for number in numbers]
 
     def begin(self, source: Source, config: ConvertConfig) -> None:
         for name in ("", "/listing", "/survey", "/plan", "/done", "/regions"):
             self.store.make_folder(WORK + name)
-        begun = {"tool": TOOL, "options": config.options(), "source": spec_of(source), "found": source.describe()}
+        begun = {
+            "token": secrets.token_hex(8),
+            "tool": TOOL,
+            "options": config.options(),
+            "source": spec_of(source),
+            "found": source.describe(),
+        }
         self.store.write(JOB, json.dumps(begun | {"config": asdict(config)}, indent=1).encode())
 
     @contextmanager
@@ -171,13 +183,13 @@ class Work:
 def config_of(saved: dict[str, Any]) -> ConvertConfig:
     """The settings that `asdict` and JSON have saved."""
     known = {field.name for field in fields(ConvertConfig)}
-    values = {
-        name: tuple(value) if isinstance(value, list) else value for name, value in saved.items() if name in known
-    }
-    transform: dict[str, Any] = {
-        name: tuple(value) if isinstance(value, list) else value for name, value in saved["transform"].items()
-    }
-    return ConvertConfig(**(values | {"transform": TransformConfig(**transform)}))
+    values: dict[str, Any] = {name: _tuple(value) for name, value in saved.items() if name in known}
+    values["transform"] = TransformConfig(**{name: _tuple(value) for name, value in saved["transform"].items()})
+    return ConvertConfig(**values)
+
+
+def _tuple(value: Any) -> Any:
+    return tuple(value) if isinstance(value, list) else value
 
 
 def _record(number: int) -> str:

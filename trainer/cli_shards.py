@@ -101,7 +101,7 @@ def _add_filters(group: Any) -> None:
         help="of an identity, by perceptual hash",
     )
     group.add_argument(
-        "--near-distance", type=int, default=4, metavar="BITS", help="of 64 in which their hashes may differ"
+        "--near-distance", type=int, default=2, metavar="BITS", help="of 64 in which their hashes may differ"
     )
 
 

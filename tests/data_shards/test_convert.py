@@ -2,6 +2,7 @@ import errno
 import io
 import json
 import os
+import shutil
 import tarfile
 import zlib
 from pathlib import Path
@@ -632,3 +633,13 @@ def test_orl_faces(tmp_path):
     assert stored[: split.samples["size"][row]] == (ORL / f"{split.key(row)}.pgm").read_bytes()
     assert split.key(row).split("/")[0] == name
     assert set(zip(split.samples["width"].tolist(), split.samples["height"].tolist(), strict=True)) == {(92, 112)}
+
+
+def test_one_process_converts_different_things_at_the_same_place_one_after_the_other(tmp_path):
+    for number, counts in enumerate(({"a": 9, "b": 9}, {"c": 2, "d": 3})):
+        source = draw_collection(tmp_path / f"in{number}", counts)
+        convert(source, tmp_path / "out", one(shard_samples=2))
+        assert ShardSet.open(tmp_path / "out").identity_names == list(counts)
+        convert(source, tmp_path / f"apart{number}", one(shard_samples=2))
+        assert every_file(tmp_path / "out") == every_file(tmp_path / f"apart{number}")
+        shutil.rmtree(tmp_path / "out")
