@@ -12,7 +12,7 @@ from concurrent.futures.process import BrokenProcessPool
 from itertools import islice
 from multiprocessing.context import BaseContext
 
-from data_shards.work import Done, Task, run_task
+from data_shards.work import Done, Task, close_work, run_task
 
 _PR_SET_PDEATHSIG = 1
 _NOT_FORKED = ("torch", "nvidia.dali", "cv2", "pyarrow")
@@ -45,7 +45,10 @@ def run_tasks(tasks: Sequence[Task], workers: int | None) -> Iterator[Done]:
     """
     workers = min(workers or len(os.sched_getaffinity(0)), len(tasks))
     if workers <= 1 or tasks[0].location.startswith("memory:"):  # fsspec's memory:// belongs to one process
-        yield from map(run_task, tasks)
+        try:
+            yield from map(run_task, tasks)
+        finally:
+            close_work()
         return
     with ProcessPoolExecutor(workers, _context(), _begin_worker, (os.getpid(),)) as pool:
         rest = iter(tasks)

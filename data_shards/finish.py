@@ -15,11 +15,13 @@ from numpy.typing import NDArray
 from data_shards.index import FORMAT, IDENTITIES, IDENTITY, INDEX, MANIFEST, SAMPLE, SPLITS, VERSION, WIDS, write_table
 from data_shards.shard_writer import Failure, Shard
 from data_shards.sources.base import EXTENSIONS
+from data_shards.sources.insightface_bin import InsightFaceBin
 from data_shards.store import Store
 from data_shards.work import PLAN, TOOL, WORK, Work
 
 FAILURES = "failures.jsonl"
 DUPLICATES = "duplicates.csv"
+PAIRS = "pairs.csv"
 NAMED_FAILURES = 10
 """Of the pictures left out so many are named in the summary."""
 
@@ -158,6 +160,8 @@ def _write_tables(
         hashes[FAILURES] = store.write(FAILURES, b"".join(lines))
     if facts["duplicates"]:
         hashes[DUPLICATES] = store.write(DUPLICATES, store.read(f"{WORK}/{DUPLICATES}"))
+    if isinstance(work.source, InsightFaceBin):
+        hashes[PAIRS] = store.write(PAIRS, _pairs_table(work, work.source))
     return hashes
 
 
@@ -273,6 +277,13 @@ def duplicates_table(work: Work, duplicates: list[tuple[int, int, str]]) -> byte
         names = [_called(work, number, hidden) for number in (row, of)]
         rows.writerow((*names, kind, str(listing.rows["identity"][row] == listing.rows["identity"][of]).lower()))
     return os.fsencode(text.getvalue())
+
+
+def _pairs_table(work: Work, source: InsightFaceBin) -> bytes:
+    """CSV of a verification set's pairs by key; of pictures that are in no shard, too."""
+    keys = {place.name: key for place, key, _ in work.listing.entries(work.listing.rows)}
+    lines = [f"{keys[a]},{keys[b]},{same:d}" for a, b, same in source.pairs() if a in keys and b in keys]
+    return "\n".join(["a,b,same", *lines, ""]).encode()
 
 
 def _called(work: Work, row: int, hidden: bool) -> str:

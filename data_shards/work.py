@@ -17,7 +17,7 @@ import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, fields
-from functools import cached_property, lru_cache
+from functools import cached_property
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
@@ -74,11 +74,25 @@ def run_task(task: Task) -> Done:
     return work.survey(task.number) if task.stage == "survey" else work.write(task.number)
 
 
-@lru_cache(maxsize=1)
-def _opened(location: str, file_mode: int, token: str) -> "Work":
-    work = Work(Store(location, file_mode))
-    assert work.job["token"] == token, "the tasks are those of the conversion at this place"
-    return work
+def close_work() -> None:
+    """Closes what this process has opened for the tasks that it has done."""
+    for work in _open_works.values():
+        work.close()
+    _open_works.clear()
+
+
+_open_works: dict[tuple[str, int, str], "Work"] = {}
+"""The conversion that this process does tasks of: one at most."""
+
+
+def _opened(*place: Any) -> "Work":
+    if place not in _open_works:
+        close_work()
+        location, file_mode, token = place
+        work = Work(Store(location, file_mode))
+        assert work.job["token"] == token, "the tasks are those of the conversion at this place"
+        _open_works[place] = work
+    return _open_works[place]
 
 
 class Work:
@@ -118,6 +132,10 @@ class Work:
             None if kind == "none" else Regions.open(self._local("regions"), "box" if kind == "box" else "landmarks")
         )
         return Tools(self.listing, self.plan.labels, self.source.open(), self.source.streams, regions, self.config)
+
+    def close(self) -> None:
+        if "tools" in vars(self):
+            self.tools.reader.close()
 
     def _local(self, name: str) -> Path:
         folder = self.store.local_folder(f"{WORK}/{name}")
