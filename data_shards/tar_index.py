@@ -2,6 +2,7 @@
 
 import mmap
 import os
+from collections.abc import Iterator
 from pathlib import Path
 
 from data_shards.index import BLOCK, Member, committed, dali_index, split_name
@@ -49,7 +50,7 @@ def write_tar_index(path: Path | str) -> int:
     return len(samples)
 
 
-def _files(path: Path | str, tar: mmap.mmap, size: int):  # type: ignore[no-untyped-def]
+def _files(path: Path | str, tar: mmap.mmap, size: int) -> Iterator[tuple[str, int, int]]:
     """(name, offset of the data, bytes) of every regular file."""
     at, name, length = 0, None, None
     while True:

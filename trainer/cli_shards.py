@@ -239,6 +239,9 @@ def add_shards(add: ADD, parser_class: type[argparse.ArgumentParser]) -> None:
     stats.add_argument("shards", type=Path, metavar="DIR", help="folder written by `facescale shard`")
     stats.add_argument("--plot", type=Path, default=Path("shard_stats.png"), metavar="PNG", help="picture to write")
     stats.set_defaults(command=_stats)
+    index = commands.add_parser("index", help="DALI's index (.idx) beside any WebDataset tar")
+    index.add_argument("tars", type=Path, nargs="+", metavar="TAR", help="uncompressed tars, ours or another tool's")
+    index.set_defaults(command=_index)
     export = commands.add_parser("export", help="the pictures as folders again, byte-identical")
     export.add_argument("shards", type=Path, metavar="DIR", help="folder written by `facescale shard`")
     export.add_argument("out", type=Path, metavar="OUT", help="folder to make: OUT/split/identity/image.jpg")
@@ -252,6 +255,14 @@ def _stats(args: argparse.Namespace) -> int:
     print(stats(args.shards))
     plot_stats(args.shards, args.plot)
     print(f"Plot: {args.plot}")
+    return 0
+
+
+def _index(args: argparse.Namespace) -> int:
+    from data_shards.tar_index import write_tar_index
+
+    for tar in args.tars:
+        print(f"{write_tar_index(tar):,} samples in {tar}: {tar.with_suffix('.idx')}")
     return 0
 
 
