@@ -66,10 +66,29 @@ def convert(
         if not finished:
             work = prepare(store, opened, config, engine)
             run_stage(work, "done", len(work.plan.shards), engine)
+            for split in SPLITS:
+                store.remove_temporary(split)  # of workers that were killed and whose tasks others have done
             _write_mapping(work)
             finish(work)
         store.remove(WORK)
         return summary_of(store, seconds=time.monotonic() - started)
+
+
+def plan_only(source: Source, out: Path | str, config: ConvertConfig) -> Work:
+    """Everything of a conversion up to writing the shards, for others to write them; `convert` with the same arguments ends it.
+
+    Raises:
+        ValueError: as `convert` does.
+    """
+    store = Store(str(out), config.file_mode)
+    with _reserved(store) as finished:
+        if finished:
+            raise ValueError(
+                f"output {store.location} is finished but for cleaning up: run the same command with processes"
+            )
+        work = prepare(store, source, config)
+        _make_split_folders(work)
+        return work
 
 
 @contextmanager
@@ -150,14 +169,18 @@ def run_stage(work: Work, stage: Stage, total: int, engine: Engine = run_tasks) 
     """Does the tasks of a stage that are not done yet, with a progress bar."""
     tasks = work.open_tasks(stage, total)
     if stage == "done":
-        for split in {SPLITS[code] for code in np.unique(work.plan.shards["split"])}:
-            work.store.make_folder(split)
+        _make_split_folders(work)
     pictures = len(work.plan.order) if stage == "done" else len(work.listing)
     with progress("convert" if stage == "done" else "survey", total=pictures) as advance:
         advance(pictures * (total - len(tasks)) // max(total, 1))
         if tasks:
             for done in engine(tasks, work.config.workers):
                 advance(done.pictures, done.bytes)
+
+
+def _make_split_folders(work: Work) -> None:
+    for code in np.unique(work.plan.shards["split"]):
+        work.store.make_folder(SPLITS[code])
 
 
 def _require_same(work: Work, source: Source, config: ConvertConfig) -> None:
