@@ -6,10 +6,10 @@ import shutil
 import tempfile
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import AbstractContextManager, contextmanager, suppress
 from hashlib import blake2b
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 from data_shards.files import filesystem, is_remote, local
 from data_shards.index import TEMPORARY, HashedFile, committed, sync_directory
@@ -58,6 +58,11 @@ class Store:
 
     def read(self, name: str) -> bytes:
         return self._system.cat_file(self._at(name)) if self.remote else self.path(name).read_bytes()
+
+    def reading(self, name: str) -> AbstractContextManager[IO[bytes]]:
+        """A file to read from."""
+        file: IO[bytes] = self._system.open(self._at(name), "rb") if self.remote else self.path(name).open("rb")
+        return file
 
     def exists(self, name: str) -> bool:
         return self._system.exists(self._at(name)) if self.remote else self.path(name).exists()

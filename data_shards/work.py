@@ -163,10 +163,21 @@ class Work:
 
     def open_tasks(self, stage: Stage, count: int) -> list[Task]:
         """The tasks of a stage that have not been committed."""
-        committed = set(self.store.names(f"{WORK}/{stage}"))
-        numbers = (number for number in range(count) if f"{number:07d}" not in committed)
+        committed = {int(name) for name in self.store.names(f"{WORK}/{stage}") if name.isdigit()}
+        if stage == "done":
+            committed = {number for number in committed if self._is_there(number)}
+        numbers = (number for number in range(count) if number not in committed)
         place = self.store.location, self.store.file_mode
         return [Task(*place, stage, number, self.job["token"]) for number in numbers]
+
+    def _is_there(self, number: int) -> bool:
+        """Whether a shard lies where its record says: after a power cut the record may have come through alone."""
+        with self.store.reading(_record(number)) as file:
+            head = json.loads(file.readline())
+        path = f"{head['split']}/{head['name']}"
+        if not head["count"]:
+            return True
+        return self.store.size(path) == head["bytes"] and self.store.exists(f"{path[:-4]}.idx")
 
     def begin(self, source: Source, config: ConvertConfig) -> None:
         for name in ("", "/listing", "/survey", "/plan", "/done", "/regions"):

@@ -356,6 +356,22 @@ def test_a_source_that_has_changed_is_refused_with_the_difference_named(interrup
     assert every_file(out) == before
 
 
+@pytest.mark.parametrize("loss", ["gone", "short", "no index"])
+def test_a_shard_that_a_power_cut_took_is_written_again(interrupted, tmp_path, loss):
+    source, out = interrupted
+    tar = out / "train" / "000000.tar"
+    whole = tar.read_bytes()
+    if loss == "no index":
+        tar.with_suffix(".idx").unlink()
+    else:
+        tar.unlink()
+    if loss == "short":
+        tar.write_bytes(whole[:700])
+    convert(source, out, one())
+    convert(source, tmp_path / "undisturbed", one())
+    assert every_file(out) == every_file(tmp_path / "undisturbed")
+
+
 def test_another_source_is_refused(interrupted, tmp_path):
     source, out = interrupted
     other = draw_collection(tmp_path / "other", {"a": 3, "b": 3})
