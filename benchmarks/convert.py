@@ -63,7 +63,7 @@ def measure_rates(source: Path, scratch: Path, pictures: int, rounds: int) -> di
     """Median images/s of each contender, and its quartiles."""
     out = scratch / "out"
     tar = f"tar cf {out} -C {source.parent} {source.name}"
-    facescale = [sys.executable, "-m", "trainer.cli", "shard", str(source), str(out), "--shard-mib", "64"]
+    facescale = [sys.executable, "-m", "trainer.cli", "shard", str(source), str(out)]
     contenders = {
         "tar cf": ["sh", "-c", tar],
         "tar cf, then sync of that file": ["sh", "-c", f"{tar} && sync {out}"],

@@ -19,7 +19,7 @@ MAX_NAME = 99
 """Longest member name in characters: more does not fit the USTAR header that every reader understands."""
 MAX_KEY = MAX_NAME - len(".webp")
 EXTENSION_CODES = tuple(sorted(set(EXTENSIONS.values())))
-BATCH_ROWS = 50_000
+BATCH_ROWS = 8_192
 
 ROW = np.dtype(
     [

@@ -161,9 +161,13 @@ def _places(owners: NDArray[Any]) -> tuple[NDArray[np.int64], NDArray[np.int64]]
 
 
 def _cuts(sizes: NDArray[Any], config: ConvertConfig) -> Iterator[tuple[int, int]]:
-    """Ranges that make a shard each: as many samples as fit, but one at least."""
-    ends = np.cumsum(_sample_bytes(sizes))
+    """Ranges that make a shard each: as few as can be, of even sizes, so that workers and readers finish together."""
+    lengths = _sample_bytes(sizes)
+    ends = np.cumsum(lengths)
     room = config.shard_bytes - len(END)
+    if len(sizes) and room > 0:
+        shards = -(-int(ends[-1]) // room)
+        room = min(room, -(-int(ends[-1]) // shards) + int(lengths.max()))
     start = 0
     while start < len(sizes):
         before = int(ends[start - 1]) if start else 0

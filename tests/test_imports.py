@@ -98,6 +98,14 @@ def one_place_for_dali(module: str, name: str) -> bool:
     return within(name, "nvidia.dali") and module != "data_shards.decode"
 
 
+def one_place_for_fsspec(module: str, name: str) -> bool:
+    return within(name, "fsspec") and module != "data_shards.files"
+
+
+def one_place_for_ray(module: str, name: str) -> bool:
+    return within(name, "ray") and module != "data_shards.executor_ray"
+
+
 def metric_is_maths(module: str, name: str) -> bool:
     foreign = within(name, "accelerate", "torch.distributed", "data_shards", *NO_IO)
     of_trainer = within(name, "trainer") and not within(name, "trainer.metric") and name != "trainer"
@@ -118,6 +126,8 @@ RULES: tuple[Rule, ...] = (
     one_place_for_torch_distributed,
     one_place_for_faiss,
     one_place_for_dali,
+    one_place_for_fsspec,
+    one_place_for_ray,
     metric_is_maths,
     trainer_imports_downwards,
 )
@@ -166,6 +176,8 @@ def test_the_house_keeps_the_rule(rule):
         (one_place_for_dali, "data_shards.loader", "from nvidia.dali import fn"),
         (one_place_for_dali, "trainer.doctor", "def f():\n    import nvidia.dali.fn as fn"),
         (one_place_for_dali, "data_shards.verify", "from nvidia import dali"),
+        (one_place_for_fsspec, "data_shards.sources.folders", "from fsspec.core import url_to_fs"),
+        (one_place_for_ray, "data_shards.executors", "def f():\n    import ray"),
         (metric_is_maths, "trainer.metric.losses", "from accelerate import Accelerator"),
         (metric_is_maths, "trainer.metric.losses", "import torch\ntorch.distributed.all_reduce(1)"),
         (metric_is_maths, "trainer.metric.losses", "from pathlib import Path"),

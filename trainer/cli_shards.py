@@ -56,7 +56,9 @@ def _add_split(group: Any) -> None:
 
 
 def _add_layout(group: Any) -> None:
-    group.add_argument("--shard-mib", type=float, default=256, help="largest size of a shard in MiB")
+    group.add_argument(
+        "--shard-mib", type=float, default=256, help="largest size of a shard in MiB; all get about the same"
+    )
     group.add_argument("--shard-samples", type=int, metavar="N", help="largest number of samples in a shard")
     group.add_argument("--images-per-group", type=int, default=4, help="images of an identity that lie together")
     group.add_argument(

@@ -152,3 +152,10 @@ def test_held_out_images_leave_two_for_training():
     assert Counter(key[0] for key in splits["unseen_images"]) == {"a": 2, "b": 2}
     assert Counter(key[0] for key in splits["train"]) == {"a": 3, "b": 2, "c": 3}
     assert not set(splits["train"]) & set(splits["unseen_images"])
+
+
+def test_shards_are_as_few_as_can_be_and_even():
+    """A sample of 1,000 bytes takes 2,560; 39 of them fit 100,000 bytes, so 50 need two shards: 25 and 25, not 39 and 11."""
+    sizes = [len(one.rows) for one in jobs(listing({f"id{n:02d}": 5 for n in range(10)}), shard_bytes=100_000)]
+    assert len(sizes) == 2
+    assert max(sizes) - min(sizes) <= 2
