@@ -162,16 +162,16 @@ def _places(owners: NDArray[Any]) -> tuple[NDArray[np.int64], NDArray[np.int64]]
 
 def _cuts(sizes: NDArray[Any], config: ConvertConfig) -> Iterator[tuple[int, int]]:
     """Ranges that make a shard each: as few as can be, of even sizes, so that workers and readers finish together."""
-    lengths = _sample_bytes(sizes)
-    ends = np.cumsum(lengths)
+    ends = np.cumsum(_sample_bytes(sizes))
     room = config.shard_bytes - len(END)
-    if len(sizes) and room > 0:
-        shards = -(-int(ends[-1]) // room)
-        room = min(room, -(-int(ends[-1]) // shards) + int(lengths.max()))
     start = 0
     while start < len(sizes):
         before = int(ends[start - 1]) if start else 0
-        stop = max(start + 1, int(np.searchsorted(ends, before + room, side="right")))
+        left = int(ends[-1]) - before
+        share = left / max(1, -(-left // max(1, room)))
+        fits = int(np.searchsorted(ends, before + room, side="right"))
+        even = int(np.searchsorted(ends, before + share)) + 1
+        stop = max(start + 1, min(fits, even))
         if config.shard_samples is not None:
             stop = min(stop, start + config.shard_samples)
         yield start, stop

@@ -157,5 +157,6 @@ def test_held_out_images_leave_two_for_training():
 def test_shards_are_as_few_as_can_be_and_even():
     """A sample of 1,000 bytes takes 2,560; 39 of them fit 100,000 bytes, so 50 need two shards: 25 and 25, not 39 and 11."""
     sizes = [len(one.rows) for one in jobs(listing({f"id{n:02d}": 5 for n in range(10)}), shard_bytes=100_000)]
-    assert len(sizes) == 2
-    assert max(sizes) - min(sizes) <= 2
+    assert sizes == [25, 25]
+    sizes = [len(one.rows) for one in jobs(listing({f"id{n:02d}": 5 for n in range(4)}), shard_bytes=20_000)]
+    assert sizes == [7, 7, 6]
