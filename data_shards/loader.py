@@ -77,6 +77,7 @@ class Loader:
         self._fed: deque[Draws] = deque()
         self._again: deque[Draws] = deque()
         self._coming: deque[Draws] = deque()
+        self._told = 0
         self._decoder = self._make_decoder()
 
     def __iter__(self) -> Self:
@@ -94,6 +95,12 @@ class Loader:
         return Batch(
             images, torch.from_numpy(identities).to(images.device, non_blocking=True), torch.from_numpy(draws.samples)
         )
+
+    def new_undecodable(self) -> list[str]:
+        """Keys that were added to `undecodable` since the last call."""
+        keys = list(self.undecodable.values())
+        new, self._told = keys[self._told :], len(keys)
+        return new
 
     def _make_decoder(self) -> Decoder:
         return Decoder(self._feed, self.batch_size, self.config.image_size, self.device, self.config.threads)

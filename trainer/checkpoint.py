@@ -1,32 +1,63 @@
-"""Checkpoints: written aside, flushed and renamed; `latest` is changed last.
+"""Checkpoints: written aside, flushed and renamed; `latest` is changed last, and only then do older ones go.
 
 RUN/checkpoints/step-00000500/
     model.safetensors    weights
+    ema.safetensors      their moving average, where there is one
+    memory.safetensors   the cross-batch memory, where there is one
     optimizer.pt         optimiser state (DDP), read with weights_only=True
     deepspeed/           the engine's own files (DeepSpeed), one optimiser part a rank
-    state.json           step, world size, fingerprint of the training pictures, SHA-256 of every other file
+    state.json           step, world size, fingerprint of the training pictures, collapse guard, SHA-256 of every other file
 RUN/checkpoints/latest   name of the newest
+
+Everything else that a step depends on follows from the settings and the step's number: the position in the plan, augmentation,
+the learning rate, random numbers.
 """
 
 import hashlib
 import json
 import os
 import shutil
-from dataclasses import dataclass
+import sys
+import threading
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
+from torch.optim.swa_utils import AveragedModel
 
 from trainer.collectives import barrier, rank, world_size
+from trainer.metric.memory import CrossBatchMemory
 from trainer.model import read_state
 
 CHECKPOINTS = "checkpoints"
 """Name of the folder of checkpoints in a run's folder."""
 
-_MODEL, _OPTIMIZER, _ENGINE, _STATE, _LATEST = "model.safetensors", "optimizer.pt", "deepspeed", "state.json", "latest"
+_MODEL, _EMA, _MEMORY = "model.safetensors", "ema.safetensors", "memory.safetensors"
+_OPTIMIZER, _ENGINE, _STATE, _LATEST = "optimizer.pt", "deepspeed", "state.json", "latest"
+
+
+@dataclass(kw_only=True)
+class Trained:
+    """Everything that training changes."""
+
+    model: nn.Module
+    """Unwrapped."""
+    optimizer: Any
+    engine: Any = None
+    """DeepSpeed's engine, or None."""
+    ema: AveragedModel | None = None
+    """Moving average of the model."""
+    memory: CrossBatchMemory = field(default_factory=lambda: CrossBatchMemory(0))
+    guard: dict[str, Any] = field(default_factory=dict)
+    """What the collapse guard has done."""
+
+    def average(self) -> None:
+        """Brings the moving average up to date, where there is one."""
+        if self.ema is not None:
+            self.ema.update_parameters(self.model)
 
 
 @dataclass(frozen=True)
@@ -38,16 +69,17 @@ class Checkpoint:
 
     def check_shards(self, fingerprint: str) -> None:
         """Raises ValueError unless the checkpoint was trained on the training pictures with this fingerprint."""
-        if json.loads((self.folder / _STATE).read_text()).get("shards") != fingerprint:
+        if self._state().get("shards") != fingerprint:
             raise ValueError(f"checkpoint {self.folder} was trained on other pictures than data.shards now holds")
 
-    def load_model(self, model: nn.Module) -> None:
-        """Puts the weights into an unwrapped model.
+    def load_model(self, model: nn.Module, averaged: bool = True) -> None:
+        """Puts the weights into an unwrapped model: where there is a moving average of them and `averaged`, that.
 
         Raises:
             ValueError: the checkpoint belongs to another architecture.
         """
-        state = read_state(self.folder / _MODEL, "checkpoint")
+        name = _EMA if averaged and (self.folder / _EMA).is_file() else _MODEL
+        state = read_state(self.folder / name, "checkpoint")
         own = model.state_dict()
         missing, foreign = own.keys() - state.keys(), state.keys() - own.keys()
         shapes = [name for name in own.keys() & state.keys() if own[name].shape != state[name].shape]
@@ -59,91 +91,175 @@ class Checkpoint:
                 )
         model.load_state_dict(state)
 
-    def load_training(self, model: nn.Module, optimizer: Any, engine: Any = None) -> None:
-        """Puts weights and optimiser state back: of DeepSpeed's engine if there is one.
+    def load_training(self, trained: Trained) -> None:
+        """Puts back everything that training had changed: weights and optimiser state of DeepSpeed's engine, if there is one.
 
         Raises:
             ValueError: written by the other kind of training, or by DeepSpeed on another number of ranks.
         """
+        state, engine = self._state(), trained.engine
         if (self.folder / _ENGINE).is_dir() != (engine is not None):
             wrote, wants = ("DeepSpeed", "without") if engine is None else ("DDP", "with")
             raise ValueError(
                 f"checkpoint {self.folder} was written under {wrote}; it cannot be resumed {wants} DeepSpeed"
             )
-        self.load_model(model)
+        self.load_model(trained.model, averaged=False)
+        if trained.ema is not None:
+            self.load_model(trained.ema.module)
+            trained.ema.n_averaged.fill_(1)  # not the first: that one copies
+        if (self.folder / _MEMORY).is_file():
+            device = next(trained.model.parameters()).device
+            trained.memory.load(load_file(self.folder / _MEMORY), device)
+        trained.guard.update(state["guard"])
         if engine is None:
-            optimizer.load_state_dict(torch.load(self.folder / _OPTIMIZER, map_location="cpu", weights_only=True))
+            found = torch.load(self.folder / _OPTIMIZER, map_location="cpu", weights_only=True)
+            trained.optimizer.load_state_dict(found)
             return
-        wrote = json.loads((self.folder / _STATE).read_text())["world_size"]
-        if wrote != world_size():
+        if state["world_size"] != world_size():
             raise ValueError(
-                f"checkpoint {self.folder} was written by {wrote} DeepSpeed ranks; this run has {world_size()}"
+                f"checkpoint {self.folder} was written by {state['world_size']} DeepSpeed ranks; this run has {world_size()}"
             )
         engine.load_checkpoint(str(self.folder), tag=_ENGINE)
 
+    def _state(self) -> dict[str, Any]:
+        found: dict[str, Any] = json.loads((self.folder / _STATE).read_text())
+        return found
 
-def save(
-    folder: Path,
-    step: int,
-    model: nn.Module,
-    optimizer: Any,
-    *,
-    engine: Any = None,
-    keep: int = 2,
-    shards: str = "",
-) -> Checkpoint:
-    """Writes a checkpoint; every rank calls it. Older ones beyond `keep` go only after the new one is complete.
+
+class Writer:
+    """Writes the checkpoints of a run. Without DeepSpeed rank 0 does it in a thread, on a copy, while training goes on.
 
     Args:
         folder: RUN/checkpoints.
-        model: unwrapped.
-        engine: DeepSpeed's engine, or None.
+        keep: newest checkpoints that stay.
         shards: fingerprint of the training pictures.
     """
-    final, aside = folder / f"step-{step:08d}", folder / f".step-{step:08d}.partial"
-    if rank() == 0:
-        shutil.rmtree(aside, ignore_errors=True)
-        aside.mkdir(parents=True)
-    barrier()
-    if engine is not None:
-        engine.save_checkpoint(str(aside), tag=_ENGINE, save_latest=False)
-        barrier()
-    if rank() == 0:
-        save_file(_contiguous(model.state_dict()), aside / _MODEL)
-        if engine is None:
-            torch.save(optimizer.state_dict(), aside / _OPTIMIZER)
-        files = sorted(path for path in aside.rglob("*") if path.is_file())
-        digests = {str(path.relative_to(aside)): _sha256(path) for path in files}
-        state = {
+
+    def __init__(self, folder: Path, trained: Trained, *, keep: int = 2, shards: str = "") -> None:
+        self._folder, self._trained, self._keep, self._shards = folder, trained, keep, shards
+        self._thread: threading.Thread | None = None
+        self._error: BaseException | None = None
+
+    def save(self, step: int, wait: bool = False) -> None:
+        """Every rank calls it; the checkpoint is there when `wait` returns.
+
+        Raises:
+            OSError: this checkpoint or, without `wait`, the one before could not be written.
+        """
+        self.wait()
+        if self._trained.engine is not None:
+            self._save_engine(step)
+        elif rank() == 0:
+            tensors, optimizer = self._copies()
+            arguments = (step, tensors, optimizer, self._state(step))
+            self._thread = threading.Thread(target=self._try_write, args=arguments, name="checkpoint")
+            self._thread.start()
+        if wait:
+            self.wait()
+            barrier()
+
+    def wait(self) -> None:
+        """Waits for the checkpoint that is being written."""
+        if self._thread is not None:
+            self._thread.join()
+            self._thread = None
+        if self._error is not None:
+            error, self._error = self._error, None
+            raise error
+
+    def _copies(self) -> tuple[dict[str, dict[str, Tensor]], Any]:
+        trained = self._trained
+        tensors = {_MODEL: _copied(trained.model.state_dict())}
+        if trained.ema is not None:
+            tensors[_EMA] = _copied(trained.ema.module.state_dict())
+        if memory := trained.memory.state():
+            tensors[_MEMORY] = _copied(memory)
+        return tensors, None if trained.engine is not None else _copied(trained.optimizer.state_dict())
+
+    def _state(self, step: int) -> dict[str, Any]:
+        return {
             "step": step,
             "world_size": world_size(),
             "torch": torch.__version__,
-            "shards": shards,
-            "sha256": digests,
+            "shards": self._shards,
+            "guard": dict(self._trained.guard),
         }
+
+    def _try_write(self, *arguments: Any) -> None:
+        try:
+            self._write(*arguments)
+        except BaseException as error:  # raised where training asks next
+            self._error = error
+
+    def _save_engine(self, step: int) -> None:
+        aside = self._aside(step)
+        if rank() == 0:
+            shutil.rmtree(aside, ignore_errors=True)
+            aside.mkdir(parents=True)
+        barrier()
+        self._trained.engine.save_checkpoint(str(aside), tag=_ENGINE, save_latest=False)
+        barrier()
+        if rank() == 0:
+            tensors, _ = self._copies()
+            self._write(step, tensors, None, self._state(step))
+        barrier()
+
+    def _write(self, step: int, tensors: dict[str, dict[str, Tensor]], optimizer: Any, state: dict[str, Any]) -> None:
+        aside, final = self._aside(step), self._folder / f"step-{step:08d}"
+        if optimizer is not None:
+            shutil.rmtree(aside, ignore_errors=True)
+            aside.mkdir(parents=True)
+            torch.save(optimizer, aside / _OPTIMIZER)
+        for name, values in tensors.items():
+            save_file({key: value.contiguous() for key, value in values.items()}, aside / name)
+        files = sorted(path for path in aside.rglob("*") if path.is_file())
+        state["sha256"] = {str(path.relative_to(aside)): _sha256(path) for path in files}
         (aside / _STATE).write_text(json.dumps(state, indent=1))
         for path in [*files, aside / _STATE, aside]:
             _flush(path)
         if final.exists():
             shutil.rmtree(final)
         aside.rename(final)
-        _write_atomically(folder / _LATEST, final.name)
-        for old in sorted(path for path in folder.glob("step-*") if path.name <= final.name)[:-keep]:
+        _write_atomically(self._folder / _LATEST, final.name)
+        for old in _folders(self._folder, newest=final.name)[self._keep :]:
             shutil.rmtree(old)
-    barrier()
-    return Checkpoint(final, step)
+
+    def _aside(self, step: int) -> Path:
+        return self._folder / f".step-{step:08d}.partial"
 
 
 def latest(folder: Path) -> Checkpoint:
-    """The newest checkpoint of RUN/checkpoints, its files checked against their checksums.
+    """The newest checkpoint of RUN/checkpoints whose files match their checksums; says so where that is not the very newest.
 
     Raises:
-        ValueError: there is none, or a file is missing or has changed.
+        ValueError: there is none.
     """
     pointer = folder / _LATEST
     if not pointer.is_file():
         raise ValueError(f"{folder} has no checkpoint: train first")
-    found = folder / pointer.read_text().strip()
+    newest = pointer.read_text().strip()
+    damages = []
+    if not (folder / newest / _STATE).is_file() or not newest:
+        damages.append(f"checkpoint {folder / newest} cannot be read: it has no {_STATE}")
+    for found in _folders(folder, newest or "step-9"):
+        try:
+            checkpoint = _checked(found)
+        except ValueError as error:
+            damages.append(str(error))
+            continue
+        if damages and rank() == 0:
+            print(f"facescale: {damages[0]}; taking step {checkpoint.step} instead", file=sys.stderr)
+        return checkpoint
+    raise ValueError(f"{damages[0]}; there is no older one that is whole")
+
+
+def _folders(folder: Path, newest: str) -> list[Path]:
+    """Checkpoints up to the newest, newest first."""
+    return sorted((path for path in folder.glob("step-*") if path.name <= newest), reverse=True)
+
+
+def _checked(found: Path) -> Checkpoint:
+    """Raises ValueError where a file of the checkpoint is missing or has changed."""
     try:
         state = json.loads((found / _STATE).read_text())
         step, digests = int(state["step"]), dict(state["sha256"])
@@ -156,8 +272,16 @@ def latest(folder: Path) -> Checkpoint:
     return Checkpoint(found, step)
 
 
-def _contiguous(state: dict[str, Tensor]) -> dict[str, Tensor]:
-    return {name: value.detach().cpu().contiguous() for name, value in state.items()}
+def _copied(value: Any) -> Any:
+    """A copy on the CPU of tensors in nested containers, in the same memory format: fused optimisers take their state's and the
+    weights' numbers in the order in which they lie."""
+    if isinstance(value, Tensor):
+        return value.detach().to("cpu", copy=True)
+    if isinstance(value, dict):
+        return {key: _copied(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return type(value)(_copied(item) for item in value)
+    return value
 
 
 def _sha256(path: Path) -> str:

@@ -3,6 +3,8 @@
 NCCL is used where accelerate set it up (CUDA), gloo elsewhere; nothing here asks which.
 """
 
+import os
+from datetime import timedelta
 from typing import Any
 
 import torch
@@ -61,6 +63,43 @@ class _GatherWithGrad(torch.autograd.Function):
         return summed
 
 
+def gather_labelled(embeddings: Tensor, identities: Tensor) -> tuple[Tensor, Tensor]:
+    """Embeddings of all ranks, with gradient as `gather_with_grad`, and their labels, in one collective.
+
+    Args:
+        embeddings: shape (b, d). identities: int64, shape (b,).
+    Returns:
+        Shapes (W*b, d) and (W*b,), in rank order.
+    """
+    return (embeddings, identities) if world_size() == 1 else _GatherLabelled.apply(embeddings, identities)
+
+
+class _GatherLabelled(torch.autograd.Function):
+    """The labels travel as the bits of further columns."""
+
+    @staticmethod
+    def forward(context: Any, embeddings: Tensor, identities: Tensor) -> tuple[Tensor, Tensor]:
+        columns = identities.contiguous().view(embeddings.dtype).view(len(identities), -1)  # (b, 1 or 2)
+        both = gather(torch.cat([embeddings, columns], 1))  # (W*b, d + 1 or 2)
+        size = embeddings.shape[1]
+        labels = both[:, size:].contiguous().view(torch.int64).view(-1)
+        context.mark_non_differentiable(labels)
+        return both[:, :size].contiguous(), labels
+
+    @staticmethod
+    def backward(context: Any, gradient: Tensor, _: Tensor) -> tuple[Tensor, None]:
+        return _GatherWithGrad.backward(context, gradient), None
+
+
+def gather_objects(value: Any) -> list[Any]:
+    """A small picklable value of every rank, in rank order."""
+    if world_size() == 1:
+        return [value]
+    values: list[Any] = [None] * world_size()
+    dist.all_gather_object(values, value)
+    return values
+
+
 def gather_rows(values: Tensor) -> Tensor:
     """`gather` for a number of rows that differs between ranks: (b_r, …) -> (sum of b_r, …) in rank order."""
     if world_size() == 1:
@@ -92,3 +131,28 @@ def backends() -> list[str]:
     """Names of the backends that this PyTorch was built with."""
     available = {"gloo": dist.is_gloo_available(), "nccl": dist.is_nccl_available(), "mpi": dist.is_mpi_available()}
     return [name for name, there in available.items() if there]
+
+
+class Board:
+    """A small text of every rank that all can read at any time, also while collectives hang: it has a connection of its own.
+
+    Raises:
+        RuntimeError: the process that keeps the board is gone (here and in `post` and `read`).
+    """
+
+    def __init__(self) -> None:
+        host, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+        self._store = dist.TCPStore(host, port, is_master=False, timeout=timedelta(seconds=5))
+
+    @staticmethod
+    def reachable() -> bool:
+        """Whether there are other ranks, started by a launcher."""
+        return world_size() > 1 and "MASTER_ADDR" in os.environ and "MASTER_PORT" in os.environ
+
+    def post(self, text: str) -> None:
+        self._store.set(f"facescale/{rank()}", text)
+
+    def read(self) -> list[str]:
+        """Of each rank, in order; empty where one has not posted yet."""
+        keys = [f"facescale/{number}" for number in range(world_size())]
+        return [self._store.get(key).decode() if self._store.check([key]) else "" for key in keys]

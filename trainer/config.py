@@ -50,21 +50,45 @@ class ModelConfig:
 
 @dataclass(kw_only=True, frozen=True)
 class LossConfig:
-    kind: Literal["smooth", "soft_margin", "margin"] = "smooth"
-    """Batch-hard with soft_margin: log(1 + exp(d_ap - d_an)), or with margin: max(0, d_ap - d_an + margin), or its smooth form
-    over all triplets of an anchor, log(1 + sum exp(sharpness (d_ap - d_an + margin))) / sharpness, which trains from scratch."""
+    kind: Literal["smooth", "soft_margin", "margin", "contrastive"] = "smooth"
+    """Triplets with soft_margin: log(1 + exp(d_ap - d_an)), or with margin: max(0, d_ap - d_an + margin), both chosen by
+    `mining`; smooth: log(1 + sum exp(sharpness (d_ap - d_an + margin))) / sharpness over all triplets of an anchor, which trains
+    from random weights; contrastive: over all pairs."""
+    mining: Literal["batch_hard", "batch_all", "semi_hard", "hardest_semi_hard", "distance_weighted", "random"] = (
+        "batch_hard"
+    )
+    """Which triplets the kinds margin and soft_margin take; random is there to be compared with."""
     margin: float = 0.2
     """Margin in the distance's own unit, above 0; not read for kind soft_margin."""
     sharpness: float = 10.0
-    """In 1 / distance, above 0; read for kind smooth alone, which becomes kind margin as it grows."""
+    """In 1 / distance, above 0; read for kind smooth alone, which becomes batch_hard with a margin as it grows."""
     distance: Literal["root", "squared"] = "root"
     """L2 distance of unit vectors in [0, 2], or squared in [0, 4]."""
+    average: Literal["active", "valid"] = "active"
+    """Kind margin averages over the triplets with a positive loss, or over all valid ones."""
+    candidates: Literal["all_ranks", "own_rank"] = "all_ranks"
+    """With whose embeddings anchors are compared; own_rank is there to be compared with."""
+    memory: int = 0
+    """Cross-batch memory: so many embeddings of past batches are candidates, too, without gradient; 0 keeps none."""
+    memory_start: int = 1000
+    """Step from which the memory is used: before, embeddings change too fast."""
 
     def __post_init__(self) -> None:
         if not 0 < self.margin <= 4:
             raise ValueError(f"loss.margin is {self.margin}; allowed is above 0 and at most 4")
         if not 0 < self.sharpness <= 1000:
             raise ValueError(f"loss.sharpness is {self.sharpness}; allowed is above 0 and at most 1000")
+        for name in ("memory", "memory_start"):
+            if getattr(self, name) < 0:
+                raise ValueError(f"loss.{name} is {getattr(self, name)}; it must be at least 0")
+        if self.memory and self.kind in ("margin", "soft_margin") and self.mining in ("distance_weighted", "random"):
+            raise ValueError(
+                f"loss.memory is {self.memory}; loss.mining {self.mining} draws from the batch alone: set it to 0"
+            )
+        if self.memory and self.candidates == "own_rank":
+            raise ValueError(
+                "loss.memory holds the embeddings of all ranks; it does not go with loss.candidates own_rank"
+            )
 
     @property
     def effective_margin(self) -> float | None:
@@ -72,13 +96,25 @@ class LossConfig:
         return None if self.kind == "soft_margin" else self.margin
 
     @property
-    def effective_sharpness(self) -> float | None:
-        """The sharpness, or None where the hardest triplets alone are taken."""
-        return self.sharpness if self.kind == "smooth" else None
-
-    @property
     def squared(self) -> bool:
         return self.distance == "squared"
+
+
+@dataclass(kw_only=True, frozen=True)
+class GuardConfig:
+    action: Literal["warn", "lower_rate", "smooth", "soft_margin", "semi_hard", "hardest_semi_hard"] = "smooth"
+    """What to do when the embeddings have collapsed to a point: say so alone, train at a tenth of the learning rate, or go on
+    with another loss or mining."""
+    spread: float = 0.1
+    """Root mean square distance of the embeddings from their mean (1: all over the sphere) below which they have collapsed."""
+    patience: int = 3
+    """Lines of the log in a row that must show it."""
+
+    def __post_init__(self) -> None:
+        if not 0 < self.spread < 1:
+            raise ValueError(f"guard.spread is {self.spread}; allowed is above 0 and below 1")
+        if self.patience < 1:
+            raise ValueError(f"guard.patience is {self.patience}; it must be at least 1")
 
 
 @dataclass(kw_only=True, frozen=True)
@@ -91,17 +127,22 @@ class OptimizerConfig:
     """Steps of linear warm-up."""
     weight_decay: float = 0.05
     """Decoupled (adamw) or L2 (sgd); of matrices and filters only."""
+    clip_norm: float = 0.0
+    """Gradients of a larger norm are scaled down to it; 0 never. Under DeepSpeed its JSON file says this instead."""
+    ema_decay: float = 0.0
+    """Evaluate and keep an average of the weights that forgets with this factor a step, in [0, 1); 0 keeps none."""
     momentum: float = 0.9
     """SGD's momentum, or AdamW's first beta, in [0, 1)."""
 
     def __post_init__(self) -> None:
         if not 0 < self.learning_rate < math.inf:
             raise ValueError(f"optimizer.learning_rate is {self.learning_rate}; it must be above 0 and finite")
-        for name in ("warmup_steps", "weight_decay"):
+        for name in ("warmup_steps", "weight_decay", "clip_norm"):
             if not 0 <= getattr(self, name) < math.inf:
                 raise ValueError(f"optimizer.{name} is {getattr(self, name)}; it must be at least 0 and finite")
-        if not 0 <= self.momentum < 1:
-            raise ValueError(f"optimizer.momentum is {self.momentum}; allowed is [0, 1)")
+        for name in ("momentum", "ema_decay"):
+            if not 0 <= getattr(self, name) < 1:
+                raise ValueError(f"optimizer.{name} is {getattr(self, name)}; allowed is [0, 1)")
 
 
 @dataclass(kw_only=True, frozen=True)
@@ -130,6 +171,14 @@ class RunConfig:
     """Newest checkpoints that stay."""
     resume: bool = False
     """Go on from the newest checkpoint in the run folder."""
+    micro_batch: int | None = None
+    """Images of each rank that go through the network at once: the batch can be larger than memory, for a second forward.
+    Gradients stay those of the whole batch, with BatchNorm's statistics of each part. None: all at once."""
+    non_finite: Literal["stop", "skip"] = "stop"
+    """What to do when a loss or gradient is not finite. The weights stay as they are either way; skip goes on with the next
+    batch."""
+    stall_s: float = 600.0
+    """Seconds that a rank may take for one thing (a step, its data, a checkpoint) before the job is ended and the rank named."""
     tensorboard: bool = True
     """Write TensorBoard events to the run folder."""
 
@@ -141,6 +190,10 @@ class RunConfig:
             raise ValueError(f"run.steps is {self.steps}; it must be at least 1, or None")
         if not 0 <= self.seed < 2**32:
             raise ValueError(f"run.seed is {self.seed}; allowed is 0 to {2**32 - 1}")
+        if self.micro_batch is not None and self.micro_batch < 1:
+            raise ValueError(f"run.micro_batch is {self.micro_batch}; it must be at least 1, or None")
+        if not 5 <= self.stall_s < math.inf:
+            raise ValueError(f"run.stall_s is {self.stall_s}; allowed is 5 seconds and more")
         if self.evaluate_every < 0:
             raise ValueError(f"run.evaluate_every is {self.evaluate_every}; it must be at least 0")
 
@@ -154,6 +207,7 @@ class TrainConfig:
     augment: AugmentConfig = field(default_factory=AugmentConfig)
     model: ModelConfig = field(default_factory=ModelConfig)
     loss: LossConfig = field(default_factory=LossConfig)
+    guard: GuardConfig = field(default_factory=GuardConfig)
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
     run: RunConfig = field(default_factory=RunConfig)
 

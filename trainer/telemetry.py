@@ -1,6 +1,7 @@
 """What a run tells while it runs: loss, triplet health, throughput with data wait; as JSON lines and through trackers."""
 
 import json
+import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -10,9 +11,10 @@ import torch
 from torch import Tensor
 
 from trainer.collectives import all_reduce_sum, rank
+from trainer.metric.losses import effective_rank, spread
 from trainer.train_step import StepStats
 
-LOG, EVALUATIONS = "log.jsonl", "evaluations.jsonl"
+LOG, EVALUATIONS, EVENTS = "log.jsonl", "evaluations.jsonl", "events.jsonl"
 
 
 class Telemetry:
@@ -22,6 +24,7 @@ class Telemetry:
         folder: the run folder.
         global_batch: images of one step over all ranks.
         track: sends (values, step) to the trackers.
+        margin: of the loss, which it is told relative to; None for none.
     """
 
     def __init__(
@@ -29,8 +32,11 @@ class Telemetry:
         folder: Path,
         global_batch: int,
         track: Callable[[dict[str, float], int], None],
+        margin: float | None = None,
     ) -> None:
-        self._folder, self._global_batch, self._track = folder, global_batch, track
+        self._folder, self._global_batch, self._track, self._margin = folder, global_batch, track, margin
+        self._embeddings: Tensor | None = None  # of the last step
+        self._skipped = 0
         self._restart()
 
     def _restart(self) -> None:
@@ -48,12 +54,31 @@ class Telemetry:
         """Counts a step; nothing here waits for the device."""
         totals = _totals(stats)
         self._sums = totals if self._sums is None else self._sums + totals
+        self._embeddings = stats.embeddings
         self._steps += 1
 
-    def log(self, step: int, epoch: float, learning_rate: float) -> dict[str, float]:
-        """Writes one line on rank 0 for the steps since the last one; every rank calls it. Syncs with the device."""
+    def skipped(self) -> None:
+        """Counts an update that was left out."""
+        self._skipped += 1
+
+    def event(self, text: str, everywhere: bool = True) -> None:
+        """Says something once, to people and in the log: every rank that calls it or, without `everywhere`, rank 0 alone."""
+        if rank() and not everywhere:
+            return
+        print(f"facescale: {text}", file=sys.stderr)
+        with (self._folder / EVENTS).open("a") as file:
+            file.write(json.dumps({"rank": rank(), "event": text}) + "\n")
+
+    def log(self, step: int, epoch: float, learning_rate: float, replaced: int = 0) -> dict[str, float]:
+        """Writes one line on rank 0 for the steps since the last one; every rank calls it. Syncs with the device.
+
+        Args:
+            replaced: pictures of this rank that did not decode and were replaced, so far.
+        """
         assert self._sums is not None, "log without a step"
-        loss, count, active, valid, d_ap, d_an = all_reduce_sum(self._sums).tolist()
+        assert self._embeddings is not None
+        sums = torch.cat([self._sums, self._sums.new_tensor([replaced])])
+        loss, count, active, valid, d_ap, d_an, replaced = all_reduce_sum(sums).tolist()
         seconds = time.perf_counter() - self._since
         line = {
             "step": step,
@@ -63,10 +88,16 @@ class Telemetry:
             "active_fraction": active / max(valid, 1),
             "d_ap": d_ap / max(valid, 1),
             "d_an": d_an / max(valid, 1),
+            "embedding_spread": float(spread(self._embeddings)),
+            "effective_rank": float(effective_rank(self._embeddings)),
             "images_per_s": round(self._steps * self._global_batch / seconds, 2),
             "data_wait_percent": round(100 * self._waited / seconds, 2),
             "learning_rate": learning_rate,
+            "updates_left_out": self._skipped,
+            "pictures_replaced": int(replaced),
         }
+        if self._margin is not None:
+            line["loss_over_margin"] = line["loss"] / self._margin
         self._write(LOG, line)
         self._track({f"train/{name}": value for name, value in line.items() if name != "step"}, step)
         self._restart()
@@ -107,14 +138,7 @@ def _step(line: str) -> float:
 
 
 def _totals(stats: StepStats) -> Tensor:
-    """Loss, its count, active, valid, d_ap, d_an summed over this rank's valid anchors, shape (6,), float64."""
-    hardest = stats.hardest
-    parts = (
-        stats.loss_sum,
-        stats.divisor,
-        stats.active,
-        hardest.valid.sum(),
-        (hardest.positive_distance * hardest.valid).sum(),
-        (hardest.negative_distance * hardest.valid).sum(),
-    )
-    return torch.stack([part.double() for part in parts])
+    """Loss, its count, active, valid, d_ap, d_an of this rank, shape (6,), float64; zeros of a step that was left out."""
+    parts = (stats.loss_sum, stats.divisor, stats.active, stats.valid, stats.d_ap, stats.d_an)
+    totals = torch.stack([part.double() for part in parts])
+    return totals.where(stats.flags[0] == 0, torch.zeros_like(totals))

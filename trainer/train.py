@@ -7,8 +7,8 @@ Not yet run, for want of a GPU: what reads `cpu` as false below (NCCL, which acc
 import math
 import os
 import sys
+import warnings
 from collections.abc import Sequence
-from functools import partial
 
 import torch
 import torchvision
@@ -16,22 +16,36 @@ from accelerate import Accelerator, InitProcessGroupKwargs
 from accelerate.utils import DistributedDataParallelKwargs, DistributedType, KwargsHandler, set_seed
 from torch import nn
 from torch.optim import SGD, AdamW, Optimizer
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from data_shards.index import ShardSet, Split
 from data_shards.loader import training_loader
 from data_shards.plan import Plan, per_rank
 from data_shards.progress import progress
 from trainer import checkpoint, telemetry
+from trainer.agreement import check_ranks_agree, comparable
+from trainer.checkpoint import Trained
+from trainer.collapse import CollapseGuard
 from trainer.collectives import barrier, rank, shutdown, world_size
 from trainer.config import CONFIG, OptimizerConfig, RunConfig, TrainConfig, UsageError, load, parse, save
+from trainer.engine import DeepSpeedEngine, Engine, PlainEngine
 from trainer.evaluation.run import check_in_training, evaluate_in_training
+from trainer.flags import Flags, Verdict
+from trainer.metric.memory import CrossBatchMemory
 from trainer.model import Embedder, parameter_groups
 from trainer.precision import use_bf16
-from trainer.train_step import train_step
+from trainer.preemption import EXIT_PREEMPTED, Preempted, asked_to_stop
+from trainer.train_step import TrainStep, objective_of
+from trainer.watchdog import EXIT_STALLED, Watchdog
 
 
-def train(config: TrainConfig, accelerator: Accelerator) -> None:
-    """Trains to the last step, from the newest checkpoint where `run.resume` says so."""
+def train(config: TrainConfig, accelerator: Accelerator, watchdog: Watchdog) -> None:
+    """Trains to the last step, from the newest checkpoint where `run.resume` says so.
+
+    Raises:
+        ValueError: a setting, the shards or the run folder are not usable, ranks differ, or a loss is not finite.
+        Preempted: somebody asked a rank to stop; all have saved the same step.
+    """
     shards = ShardSet.open(config.data.shards)
     split = shards.split("train")
     plan = Plan(split.starts, config.plan, config.run.seed)
@@ -41,23 +55,21 @@ def train(config: TrainConfig, accelerator: Accelerator) -> None:
     check_folder(config)
 
     set_seed(config.run.seed)
-    model, optimizer, engine = _prepare(config, accelerator, batch_size)
-    bare = accelerator.unwrap_model(model)
-    checkpoints = config.run.folder / checkpoint.CHECKPOINTS
+    trained, engine = _prepare(config, accelerator, batch_size)
     start = 0
     if config.run.resume:
-        found = checkpoint.latest(checkpoints)
+        found = checkpoint.latest(config.run.folder / checkpoint.CHECKPOINTS)
         found.check_shards(shards.fingerprint)
-        found.load_training(bare, optimizer, engine)
+        found.load_training(trained)
         start = found.step
-        if rank() == 0:
-            telemetry.truncate(config.run.folder, start)
-    make_folder(config)
+    check_ranks_agree({**comparable(config), "start": start, "plan": plan.summary(), "shards": shards.fingerprint})
+    make_folder(config, start)
     if config.run.tensorboard:
         accelerator.init_trackers("tensorboard")
     if rank() == 0:
         print(_headline(split, plan, config, accelerator, start, steps), file=sys.stderr)
 
+    device = accelerator.device
     loader = training_loader(
         split,
         plan,
@@ -67,37 +79,67 @@ def train(config: TrainConfig, accelerator: Accelerator) -> None:
         stop=steps,
         rank=rank(),
         world_size=world_size(),
-        device=accelerator.device,
+        device=device,
     )
-    report = telemetry.Telemetry(config.run.folder, config.plan.batch_size, accelerator.log)
-    write_checkpoint = partial(
-        checkpoint.save,
-        checkpoints,
-        model=bare,
-        optimizer=optimizer,
-        engine=engine,
-        keep=config.run.keep_checkpoints,
-        shards=shards.fingerprint,
+    report = telemetry.Telemetry(
+        config.run.folder, config.plan.batch_size, accelerator.log, config.loss.effective_margin
     )
-    with progress("train", steps, "steps", enabled=rank() == 0) as advance:
+    keep, folder = config.run.keep_checkpoints, config.run.folder / checkpoint.CHECKPOINTS
+    writer = checkpoint.Writer(folder, trained, keep=keep, shards=shards.fingerprint)
+    guard = CollapseGuard(config.guard, trained.guard)
+    train_step = TrainStep(engine, config, trained.memory)
+    train_step.objective = guard.objective(train_step.objective)
+    judged = trained.ema.module if trained.ema is not None else trained.model
+    flags = Flags(device)
+
+    with asked_to_stop() as asked, progress("train", steps, "steps", enabled=rank() == 0) as advance:
         advance(start)
         for step in range(start + 1, steps + 1):
-            rate = set_learning_rate(optimizer, config.optimizer, step, steps)
-            with report.waiting():
+            rate = set_learning_rate(trained.optimizer, config.optimizer, step, steps, guard.rate)
+            with report.waiting(), watchdog.at(f"the data of step {step}"):
                 batch = next(loader)
-            report.add(train_step(model, batch, optimizer, config.loss, accelerator.backward))
-            if step % config.run.log_every == 0 or step == steps:
-                report.log(step, step / plan.steps_per_epoch, rate)
-            if held_out is not None and (step % config.run.evaluate_every == 0 or step == steps):
-                with report.paused():
-                    report.evaluation(step, evaluate_in_training(bare, held_out, config, accelerator.device))
-            if step % config.run.checkpoint_every == 0 or step == steps:
-                with report.paused():
-                    write_checkpoint(step=step)
+            with watchdog.at(f"step {step}"):
+                stats = train_step(batch, step, asked.now)
+                trained.average()
+            report.add(stats)
+            last = step == steps
+            judges = held_out is not None and (last or step % config.run.evaluate_every == 0)
+            saves = last or step % config.run.checkpoint_every == 0
+            verdicts = flags.add(step, stats.flags) + (flags.settle() if judges or saves else [])
+            stopping = _heeded(verdicts, config, report)
+            if last or step % config.run.log_every == 0:
+                line = report.log(step, step / plan.steps_per_epoch, rate, len(loader.undecodable))
+                if said := guard.see(step, line["embedding_spread"], line["loss"]):
+                    train_step.objective = guard.objective(objective_of(config))
+                    report.event(said, everywhere=False)
+            for key in loader.new_undecodable():
+                report.event(f"step {step}: {key} did not decode and was replaced: run `facescale verify`")
+            if held_out is not None and judges and not stopping:
+                with report.paused(), watchdog.at(f"the evaluation at step {step}"):
+                    report.evaluation(step, evaluate_in_training(judged, held_out, config, device))
+            if saves or stopping:
+                with report.paused(), watchdog.at(f"the checkpoint of step {step}"):
+                    writer.save(step, wait=last or stopping)
             advance(1)
-    for key in loader.undecodable.values():
-        print(f"facescale: {key} did not decode and was replaced: run `facescale verify`", file=sys.stderr)
+            if stopping and not last:
+                raise Preempted(step)
     accelerator.end_training()
+    barrier()
+
+
+def _heeded(verdicts: list[Verdict], config: TrainConfig, report: telemetry.Telemetry) -> bool:
+    """Deals with updates that were left out; returns whether a rank was asked to stop.
+
+    Raises:
+        ValueError: a loss or gradient is not finite, and `run.non_finite` is stop.
+    """
+    for verdict in verdicts:
+        if verdict.left_out:
+            if config.run.non_finite == "stop":
+                raise ValueError(f"{verdict.reason()}; all ranks stop with the weights as they were before it")
+            report.skipped()
+            report.event(f"{verdict.reason()}; the update was left out on all ranks", everywhere=False)
+    return any(verdict.stop for verdict in verdicts)
 
 
 def _held_out(shards: ShardSet, config: TrainConfig) -> Split | None:
@@ -122,12 +164,18 @@ def check_folder(config: TrainConfig) -> None:
         raise ValueError(f"run folder {folder} exists and is not empty; choose another run.folder or say --run.resume")
 
 
-def make_folder(config: TrainConfig) -> None:
-    """Makes the run folder with its config, once everything that can be wrong at the start was found right."""
+def make_folder(config: TrainConfig, start: int = 0) -> None:
+    """Makes the run folder with its config, once everything that can be wrong at the start was found right.
+
+    A resumed run's log is cut back to the step that it starts from.
+    """
     barrier()
-    if rank() == 0 and not config.run.resume:
-        config.run.folder.mkdir(parents=True, exist_ok=True)
-        save(config, config.run.folder / CONFIG)
+    if rank() == 0:
+        if config.run.resume:
+            telemetry.truncate(config.run.folder, start)
+        else:
+            config.run.folder.mkdir(parents=True, exist_ok=True)
+            save(config, config.run.folder / CONFIG)
     barrier()
 
 
@@ -148,10 +196,8 @@ def _check_same_settings(config: TrainConfig) -> None:
             raise ValueError(f"cannot resume {config.run.folder}: {name} was {was}, now {now} is asked for")
 
 
-def _prepare(
-    config: TrainConfig, accelerator: Accelerator, batch_size: int
-) -> tuple[nn.Module, Optimizer, nn.Module | None]:
-    """Model and optimiser as accelerate wraps them, and DeepSpeed's engine where it is used."""
+def _prepare(config: TrainConfig, accelerator: Accelerator, batch_size: int) -> tuple[Trained, Engine]:
+    """What is trained, and the engine that trains it, as accelerate wraps them."""
     module: nn.Module = Embedder(config.model, use_bf16(config.run.precision, accelerator.device))
     if config.model.sync_batchnorm:
         if accelerator.device.type != "cuda":
@@ -165,15 +211,24 @@ def _prepare(
         settings["train_micro_batch_size_per_gpu"] = batch_size
         if settings.get("gradient_clipping", "auto") == "auto":  # accelerate would silently clip to norm 1, unlike DDP
             settings["gradient_clipping"] = 0.0
-    model, optimizer = accelerator.prepare(module, make_optimizer(module, config.optimizer))
-    return model, optimizer, model if deepspeed else None
+    with warnings.catch_warnings():  # accelerate has no word yet for what broadcast_buffers is called in this torch
+        warnings.filterwarnings("ignore", "`broadcast_buffers` is deprecated", FutureWarning)
+        model, optimizer = accelerator.prepare(module, make_optimizer(module, config.optimizer))
+    bare = accelerator.unwrap_model(model)
+    decay = config.optimizer.ema_decay
+    ema = AveragedModel(bare, multi_avg_fn=get_ema_multi_avg_fn(decay)) if decay else None
+    trained = Trained(model=bare, optimizer=optimizer, engine=model if deepspeed else None, ema=ema)
+    trained.memory = CrossBatchMemory(config.loss.memory)
+    if deepspeed:
+        return trained, DeepSpeedEngine(model)
+    return trained, PlainEngine(model, optimizer.optimizer, config.optimizer.clip_norm)
 
 
 def make_optimizer(model: nn.Module, config: OptimizerConfig) -> Optimizer:
     groups = parameter_groups(model, config.weight_decay)
     if config.kind == "adamw":
-        return AdamW(groups, lr=config.learning_rate, betas=(config.momentum, 0.999))
-    return SGD(groups, lr=config.learning_rate, momentum=config.momentum, nesterov=config.momentum > 0)
+        return AdamW(groups, lr=config.learning_rate, betas=(config.momentum, 0.999), fused=True)
+    return SGD(groups, lr=config.learning_rate, momentum=config.momentum, nesterov=config.momentum > 0, fused=True)
 
 
 def learning_rate(config: OptimizerConfig, step: int, steps: int) -> float:
@@ -185,8 +240,10 @@ def learning_rate(config: OptimizerConfig, step: int, steps: int) -> float:
     return config.learning_rate * 0.5 * (1 + math.cos(math.pi * min(1.0, done)))
 
 
-def set_learning_rate(optimizer: Optimizer, config: OptimizerConfig, step: int, steps: int) -> float:
-    rate = learning_rate(config, step, steps)
+def set_learning_rate(
+    optimizer: Optimizer, config: OptimizerConfig, step: int, steps: int, factor: float = 1.0
+) -> float:
+    rate = factor * learning_rate(config, step, steps)
     for group in optimizer.param_groups:
         group["lr"] = rate
     return rate
@@ -196,7 +253,11 @@ def make_accelerator(config: RunConfig) -> Accelerator:
     """One for the launcher's ranks. Without a GPU the process group is gloo, also under DeepSpeed."""
     cpu = config.device == "cpu" or not torch.cuda.is_available()
     deepspeed = os.environ.get("ACCELERATE_USE_DEEPSPEED", "false").lower() == "true"
-    handlers: list[KwargsHandler] = [DistributedDataParallelKwargs(gradient_as_bucket_view=True)]
+    # evaluation takes rank 0's buffers and training uses none; the graph changes where the batch goes in parts
+    ddp = DistributedDataParallelKwargs(
+        gradient_as_bucket_view=True, broadcast_buffers=False, static_graph=config.micro_batch is None
+    )
+    handlers: list[KwargsHandler] = [ddp]
     if cpu:
         if "LOCAL_RANK" in os.environ:  # started by hand, accelerate makes no group and stumbles over a named backend
             handlers.append(InitProcessGroupKwargs(backend="gloo"))
@@ -227,18 +288,34 @@ def _headline(split: Split, plan: Plan, config: TrainConfig, accelerator: Accele
 
 
 def main(argv: Sequence[str] | None = None, prog: str = "python -m trainer.train") -> int:
-    """Exit code 0, 1 (failed) or 2 (usage). One rank of each machine says what is wrong."""
+    """Exit code 0, 1 (failed), 2 (usage), 70 (a rank hangs or is dead) or 75 (asked to stop: saved, start it again with
+    --run.resume). One rank of each machine says what is wrong."""
     first = os.environ.get("LOCAL_RANK", "0") == "0"
+    watchdog = None
     try:
         config = parse(sys.argv[1:] if argv is None else argv, prog)
         accelerator = make_accelerator(config.run)
-        train(config, accelerator)
+        watchdog = Watchdog(config.run.stall_s)
+        train(config, accelerator, watchdog)
+        watchdog.end()
+    except Preempted as stop:
+        assert watchdog is not None
+        watchdog.end()
+        if first:
+            print(f"facescale: {stop}", file=sys.stderr)
+        return EXIT_PREEMPTED
     except (ValueError, OSError) as error:
         if os.environ.get("FACESCALE_TRACEBACK"):
             raise
         if first:
             print(f"facescale: {' '.join(str(error).split())}", file=sys.stderr)
         return 2 if isinstance(error, UsageError) else 1
+    except RuntimeError as error:  # of a collective whose other end is gone, above all
+        reason = watchdog.explain() if watchdog is not None else ""
+        if not reason or os.environ.get("FACESCALE_TRACEBACK"):
+            raise
+        print(f"facescale: rank {rank()} of {world_size()} {reason} ({str(error).splitlines()[0]})", file=sys.stderr)
+        os._exit(EXIT_STALLED)  # leaving the process group would wait for the others
     except SystemExit as stop:  # --help
         return int(stop.code or 0)
     except KeyboardInterrupt:

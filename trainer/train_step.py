@@ -1,18 +1,22 @@
 """The one place where model, collectives and metric meet."""
 
-from collections.abc import Callable
-from functools import partial
 from typing import NamedTuple
 
 import torch
-from torch import Tensor, nn
-from torch.optim import Optimizer
+from torch import Tensor
 
+from data_shards.counter_random import random_bits, uniform
 from data_shards.loader import Batch
-from trainer.collectives import all_reduce_sum, gather, gather_with_grad, rank, world_size
-from trainer.config import LossConfig
-from trainer.metric.losses import active_triplets, triplet_loss
-from trainer.metric.mining import Triplets, batch_hard, smooth_hard
+from trainer.collectives import all_reduce_sum, gather_labelled, rank, world_size
+from trainer.config import TrainConfig
+from trainer.engine import Engine
+from trainer.gradient_cache import GradientCache, Statistics
+from trainer.metric.losses import Loss, Objective, active_anchors
+from trainer.metric.memory import CrossBatchMemory
+from trainer.metric.pool import Pool
+
+_NETWORK, _MINING = 101, 102
+"""What random numbers are for."""
 
 
 class StepStats(NamedTuple):
@@ -24,48 +28,113 @@ class StepStats(NamedTuple):
     """By which, summed over ranks, the loss was divided; 0-d."""
     active: Tensor
     """This rank's anchors whose hardest triplet is active; 0-d."""
-    hardest: Triplets
-    """The hardest triplet of each of this rank's anchors, without gradient."""
+    valid: Tensor
+    """This rank's anchors with a positive and a negative; 0-d."""
+    d_ap: Tensor
+    """Sum over the valid anchors of the distance to their farthest positive; 0-d."""
+    d_an: Tensor
+    """Sum over the valid anchors of the distance to their nearest negative; 0-d."""
+    flags: Tensor
+    """The same on all ranks: whether the update was left out; how many ranks were asked to stop; for each rank 2 where its
+    embeddings are not finite, 1 where its loss is not. Shape (2 + W,)."""
+    embeddings: Tensor
+    """Of all ranks (of this one where it mines alone), shape (N, d)."""
 
 
-def train_step(
-    model: nn.Module,
-    batch: Batch,
-    optimizer: Optimizer,
-    config: LossConfig,
-    backward: Callable[[Tensor], None],
-) -> StepStats:
+class TrainStep:
     """One optimiser update on this rank's slice of a global PK batch.
 
     Equals the single-process step on the whole global batch: candidates are gathered in rank order, the gather's backward sums
     over ranks, DDP averages over ranks, and the loss is divided by the count of *all* ranks (design idea 4).
     """
-    embeddings = model(batch.images)  # (b, d) unit norm
-    candidates = gather_with_grad(embeddings)  # (W*b, d) in rank order
-    candidate_identities = gather(batch.identities)  # (W*b,)
-    columns = self_columns(embeddings)  # (b,)
-    triplets = miner(config)(embeddings, batch.identities, candidates, candidate_identities, columns)
-    loss_sum, count = triplet_loss(triplets, config.effective_margin, config.effective_sharpness)  # 0-d, 0-d
-    loss = loss_sum * world_size() / all_reduce_sum(count).clamp(min=1)
-    backward(loss)
-    optimizer.step()
-    optimizer.zero_grad()
-    hardest = Triplets(*(part.detach() for part in triplets))
-    if config.effective_sharpness is not None:
-        with torch.no_grad():
-            hardest = batch_hard(
-                embeddings, batch.identities, candidates, candidate_identities, columns, squared=config.squared
-            )
-    return StepStats(loss_sum.detach(), count, active_triplets(hardest, config.effective_margin), hardest)
+
+    def __init__(self, engine: Engine, config: TrainConfig, memory: CrossBatchMemory | None = None) -> None:
+        self._engine, self._config = engine, config
+        self._memory = memory or CrossBatchMemory(config.loss.memory)
+        self._cache = GradientCache(engine, config.run.micro_batch)
+        self._statistics = Statistics(engine.model)
+        self.objective = objective_of(config)
+
+    def __call__(self, batch: Batch, step: int = 1, asked_to_stop: bool = False) -> StepStats:
+        """
+        Args:
+            step: number of the update, from 1: what random numbers depend on.
+            asked_to_stop: whether somebody has asked this rank to.
+        """
+        shared = self._config.loss.candidates == "all_ranks"
+        torch.manual_seed(int(random_bits(self._config.run.seed, _NETWORK, step, rank())[0] >> 1))
+        self._statistics.keep()
+        embeddings = self._cache.forward(batch.images)  # (b, d) unit norm
+        gathered = gather_labelled(embeddings, batch.identities) if shared else (embeddings, batch.identities)
+        pool = make_pool(embeddings, batch.identities, gathered, self._remembered(step))
+        loss = self.objective(pool, self._images_of_one(pool), self._draws(pool, step))
+        sums = all_reduce_sum(_sums(loss, embeddings.detach(), asked_to_stop))  # (2 + W,)
+        mean = loss.total * world_size() / sums[0].clamp(min=1) if shared else loss.total / loss.divisor.clamp(min=1)
+        self._cache.backward(mean.to(embeddings.dtype))
+        left_out = self._engine.update(sums[2:].sum())
+        self._statistics.restore(left_out)
+        self._memory.add(*gathered)
+        d_ap, d_an = loss.hardest.distances(self.objective.squared)  # (b,)
+        return StepStats(
+            loss.total.detach(),
+            loss.divisor,
+            active_anchors(loss.hardest, self.objective.margin, self.objective.squared),
+            loss.hardest.valid.sum(),
+            d_ap.where(loss.hardest.valid, 0).sum(),
+            d_an.where(loss.hardest.valid, 0).sum(),
+            torch.cat([left_out.to(sums.dtype)[None], sums[1:]]),
+            gathered[0].detach(),
+        )
+
+    def _remembered(self, step: int) -> tuple[Tensor, Tensor] | None:
+        return self._memory.contents() if step >= self._config.loss.memory_start else None
+
+    def _images_of_one(self, pool: Pool) -> int | None:
+        """Most images of one identity among the candidates, where that is known."""
+        plan = self._config.plan
+        return plan.images_per_identity if len(pool.candidates) <= plan.batch_size else None
+
+    def _draws(self, pool: Pool, step: int) -> Tensor | None:
+        """Uniform numbers that depend on the seed, the step and the anchor's place in the global batch alone, shape (b, w)."""
+        if not self.objective.draws:
+            return None
+        rows = rank() * len(pool.anchors) + torch.arange(len(pool.anchors)).numpy()
+        columns = torch.arange(self._config.plan.images_per_identity).numpy()
+        drawn = uniform(self._config.run.seed, _MINING, step, rows[:, None], columns)
+        return torch.from_numpy(drawn).to(pool.anchors.device, non_blocking=True)
 
 
-def miner(config: LossConfig) -> Callable[..., Triplets]:
-    """How the settings choose triplets: (embeddings, identities, candidates, candidate identities, self columns) -> Triplets."""
-    if config.effective_sharpness is not None:
-        return partial(smooth_hard, sharpness=config.effective_sharpness, squared=config.squared)
-    return partial(batch_hard, squared=config.squared)
+def objective_of(config: TrainConfig) -> Objective:
+    loss = config.loss
+    return Objective(
+        kind=loss.kind,
+        mining=loss.mining,
+        margin=loss.effective_margin,
+        sharpness=loss.sharpness,
+        squared=loss.squared,
+        average=loss.average,
+    )
 
 
-def self_columns(embeddings: Tensor) -> Tensor:
-    """Where this rank's embeddings lie among the gathered candidates, shape (b,)."""
-    return torch.arange(len(embeddings), device=embeddings.device) + rank() * len(embeddings)
+def make_pool(
+    embeddings: Tensor,
+    identities: Tensor,
+    gathered: tuple[Tensor, Tensor],
+    remembered: tuple[Tensor, Tensor] | None = None,
+) -> Pool:
+    """This rank's anchors among what was gathered (or its own) and, behind it, what is remembered."""
+    candidates, labels = gathered
+    first = rank() * len(embeddings) if len(candidates) > len(embeddings) else 0
+    columns = torch.arange(first, first + len(embeddings), device=embeddings.device)  # (b,)
+    if remembered is not None:
+        candidates, labels = torch.cat([candidates, remembered[0]]), torch.cat([labels, remembered[1]])
+    return Pool(embeddings, identities, candidates, labels, columns)
+
+
+def _sums(loss: Loss, embeddings: Tensor, asked_to_stop: bool) -> Tensor:
+    """What is summed over the ranks: the divisor; whether to stop; and at this rank's place 2 where its embeddings are not
+    finite, 1 where its loss alone is not, for which another rank's embeddings can be the reason; (2 + W,)."""
+    sums = torch.zeros(2 + world_size(), dtype=torch.float64, device=embeddings.device)
+    sums[0], sums[1] = loss.divisor, float(asked_to_stop)
+    sums[2 + rank()] = torch.where(embeddings.isfinite().all(), (~loss.total.detach().isfinite()).double(), 2.0)
+    return sums

@@ -8,7 +8,16 @@ from torch import Tensor, nn
 
 from tests.distributed.processes import in_processes
 from trainer import collectives
-from trainer.collectives import all_reduce_sum, gather, gather_rows, gather_with_grad, rank, world_size
+from trainer.collectives import (
+    all_reduce_sum,
+    gather,
+    gather_labelled,
+    gather_objects,
+    gather_rows,
+    gather_with_grad,
+    rank,
+    world_size,
+)
 
 
 def of_rank(number: int) -> Tensor:
@@ -37,6 +46,11 @@ def everything() -> dict[str, Any]:
     collectives.barrier()
     count = torch.tensor(rank() + 1)
     summed = all_reduce_sum(count)
+    labels = torch.tensor([-1 - rank(), 2**63 - 1 - rank()])
+    labelled, doubles = own.float().clone().requires_grad_(), own.clone().requires_grad_()
+    with_labels, with_labels_too = gather_labelled(labelled, labels), gather_labelled(doubles, labels)
+    for gathered, _ in (with_labels, with_labels_too):
+        (gathered * weights(rank(), world_size())).sum().backward()
     leaf = own.clone().requires_grad_()
     norm = nn.BatchNorm1d(2)
     norm.running_mean += rank() + 1
@@ -45,6 +59,9 @@ def everything() -> dict[str, Any]:
     collectives.broadcast_buffers(norm)
     return {
         "norm": norm.state_dict(),
+        "labelled": [value.detach() for value in (*with_labels, *with_labels_too)],
+        "labelled gradients": [labelled.grad, doubles.grad],
+        "objects": gather_objects({"rank": rank(), "text": "ä" * rank()}),
         "rank": (rank(), world_size()),
         "gather": gather(own),
         "gather strided": gather(strided),
@@ -99,6 +116,26 @@ def test_the_gradient_of_a_gather_is_summed_over_the_ranks_losses(ranks):
         for other in range(world):
             expected += weights(other, world)[2 * number : 2 * number + 2]
         assert torch.equal(found["gradient"], expected)
+
+
+def test_embeddings_and_labels_travel_together(ranks):
+    """float32 has no number for these labels: they must come through as bits."""
+    world = len(ranks)
+    embeddings = torch.cat([of_rank(number) for number in range(world)])
+    labels = torch.tensor([value for number in range(world) for value in (-1 - number, 2**63 - 1 - number)])
+    for found in ranks:
+        single, its_labels, double, labels_too = found["labelled"]
+        assert torch.equal(single, embeddings.float())
+        assert torch.equal(double, embeddings)
+        assert torch.equal(its_labels, labels)
+        assert torch.equal(labels_too, labels)
+        for gradient in found["labelled gradients"]:
+            torch.testing.assert_close(gradient.double(), found["gradient"], rtol=1e-6, atol=0)
+
+
+def test_objects_are_gathered_in_rank_order(ranks):
+    expected = [{"rank": number, "text": "ä" * number} for number in range(len(ranks))]
+    assert all(found["objects"] == expected for found in ranks)
 
 
 def test_sums(ranks):

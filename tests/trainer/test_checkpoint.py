@@ -2,14 +2,17 @@
 
 import json
 import shutil
+import threading
 from pathlib import Path
 
 import pytest
 import torch
 from torch import nn
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from trainer import checkpoint
-from trainer.checkpoint import latest, save
+from trainer.checkpoint import Checkpoint, Trained, Writer, latest
+from trainer.metric.memory import CrossBatchMemory
 
 
 def small(width: int = 6, layers: int = 1) -> nn.Module:
@@ -21,6 +24,16 @@ def small(width: int = 6, layers: int = 1) -> nn.Module:
 def with_optimizer(**shape: int) -> tuple[nn.Module, torch.optim.Optimizer]:
     model = small(**shape)
     return model, torch.optim.AdamW(model.parameters(), lr=0.1)
+
+
+def save(folder, step, model, optimizer, *, engine=None, keep=2, **more) -> Checkpoint:
+    trained = Trained(model=model, optimizer=optimizer, engine=engine, **more)
+    Writer(folder, trained, keep=keep).save(step, wait=True)
+    return Checkpoint(folder / f"step-{step:08d}", step)
+
+
+def load(found: Checkpoint, model, optimizer, engine=None, **more) -> None:
+    found.load_training(Trained(model=model, optimizer=optimizer, engine=engine, **more))
 
 
 def train(model: nn.Module, optimizer: torch.optim.Optimizer, steps: range) -> None:
@@ -57,7 +70,7 @@ def test_two_more_steps_equal_the_run_that_was_not_interrupted(saved):
     train(model, optimizer, range(3, 5))
     resumed, its_optimizer = with_optimizer()
     found = latest(folder)
-    found.load_training(resumed, its_optimizer)
+    load(found, resumed, its_optimizer)
     assert found.step == 3
     train(resumed, its_optimizer, range(found.step, 5))
     assert same(state_of(resumed), state_of(model))
@@ -150,14 +163,32 @@ def test_saving_changes_neither_weights_nor_optimiser(saved):
     assert optimizer.state_dict()["state"][0]["step"] == steps
 
 
-def test_weights_in_channels_last_are_saved_and_come_back_equal(tmp_path):
-    model = nn.Conv2d(3, 4, 3).to(memory_format=torch.channels_last)
-    weights = state_of(model)
-    save(tmp_path, 1, model, torch.optim.SGD(model.parameters(), lr=1))
-    nn.init.zeros_(model.weight)
-    latest(tmp_path).load_model(model)
-    assert torch.equal(model.weight, weights["weight"])
-    assert model.weight.is_contiguous(memory_format=torch.channels_last)
+@pytest.mark.parametrize("kind", [torch.optim.SGD, torch.optim.AdamW])
+def test_channels_last_goes_on_exactly(tmp_path, kind):
+    """Fused optimisers go through memory: a state laid out in another way than the weights would be mixed up."""
+
+    def made() -> tuple[nn.Module, torch.optim.Optimizer]:
+        torch.manual_seed(0)
+        model = nn.Conv2d(3, 4, 3).to(memory_format=torch.channels_last)
+        more = {"momentum": 0.9} if kind is torch.optim.SGD else {}
+        return model, kind(model.parameters(), lr=0.1, fused=True, **more)
+
+    def go_on(model: nn.Module, optimizer: torch.optim.Optimizer, steps: range) -> None:
+        for step in steps:
+            images = torch.randn(2, 3, 5, 5, generator=torch.Generator().manual_seed(step))
+            model(images.to(memory_format=torch.channels_last)).square().sum().backward()
+            optimizer.step()
+            optimizer.zero_grad()
+
+    model, optimizer = made()
+    go_on(model, optimizer, range(2))
+    save(tmp_path, 2, model, optimizer)
+    other, its_optimizer = made()
+    load(latest(tmp_path), other, its_optimizer)
+    assert other.weight.is_contiguous(memory_format=torch.channels_last)
+    for which in ((model, optimizer), (other, its_optimizer)):
+        go_on(*which, range(2, 5))
+    assert same(state_of(other), state_of(model))
 
 
 def refusal(call, *args) -> str:
@@ -194,10 +225,108 @@ def test_a_damaged_state_is_named(saved, content):
 
 
 @pytest.mark.parametrize("content", ["step-00000009", "", "\n"])
-def test_a_pointer_to_nothing_is_named(saved, content):
+def test_a_pointer_to_nothing_is_named_and_what_is_there_is_taken(saved, content, capsys):
     folder, _, _ = saved
     (folder / "latest").write_text(content)
-    assert refusal(latest, folder).startswith(f"checkpoint {folder}")
+    assert latest(folder).step == 3
+    said = capsys.readouterr().err
+    assert said.startswith(f"facescale: checkpoint {folder}")
+    assert said.endswith("; taking step 3 instead\n")
+
+
+@pytest.mark.parametrize("damage", ["flipped", "cut", "missing", "no state"])
+def test_a_damaged_newest_falls_back_to_the_one_before(saved, damage, capsys):
+    folder, model, optimizer = saved
+    weights = state_of(model)
+    train(model, optimizer, range(3, 6))
+    save(folder, 6, model, optimizer)
+    path = folder / "step-00000006" / ("state.json" if damage == "no state" else "model.safetensors")
+    content = bytearray(path.read_bytes())
+    content[-1] ^= 1
+    path.unlink()
+    if damage in ("flipped", "cut"):
+        path.write_bytes(bytes(content) if damage == "flipped" else bytes(content[:-1]))
+    found, restored = latest(folder), small()
+    found.load_model(restored)
+    assert found.step == 3
+    assert same(state_of(restored), weights)
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith(f"facescale: checkpoint {folder}/step-00000006")
+    assert line.endswith("; taking step 3 instead")
+
+
+def test_everything_that_training_changes_comes_back(tmp_path):
+    model, optimizer = with_optimizer()
+    ema = AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(0.5))
+    memory, guard = CrossBatchMemory(5), {"acted": 1, "rate": 0.1}
+    trained = Trained(model=model, optimizer=optimizer, ema=ema, memory=memory, guard=guard)
+
+    def go_on(trained: Trained, steps: range) -> None:
+        for step in steps:
+            train(trained.model, trained.optimizer, range(step, step + 1))
+            trained.average()
+            trained.memory.add(torch.full((3, 2), float(step)), torch.arange(3) + step)
+
+    go_on(trained, range(3))
+    Writer(tmp_path, trained).save(3, wait=True)
+    go_on(trained, range(3, 6))
+    other, its_optimizer = with_optimizer()
+    again = Trained(model=other, optimizer=its_optimizer, memory=CrossBatchMemory(5))
+    again.ema = AveragedModel(other, multi_avg_fn=get_ema_multi_avg_fn(0.5))
+    latest(tmp_path).load_training(again)
+    assert again.guard == guard
+    go_on(again, range(3, 6))
+    assert same(state_of(again.model), state_of(model))
+    assert same(state_of(again.ema.module), state_of(ema.module))
+    assert not same(state_of(ema.module), state_of(model))
+    assert all(torch.equal(a, b) for a, b in zip(memory.contents(), again.memory.contents(), strict=True))
+
+
+def test_the_average_is_what_is_judged(tmp_path):
+    model, optimizer = with_optimizer()
+    ema = AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(0.9))
+    ema.update_parameters(model)
+    train(model, optimizer, range(3))
+    ema.update_parameters(model)
+    save(tmp_path, 3, model, optimizer, ema=ema)
+    judged = small()
+    latest(tmp_path).load_model(judged)
+    assert same(state_of(judged), state_of(ema.module))
+
+
+def test_training_goes_on_while_a_checkpoint_is_written(tmp_path, monkeypatch):
+    """What is written is what was there when it was asked for."""
+    model, optimizer = with_optimizer()
+    train(model, optimizer, range(2))
+    weights, go = state_of(model), threading.Event()
+    flush = checkpoint._flush
+
+    def slow(path):
+        assert go.wait(20)
+        flush(path)
+
+    monkeypatch.setattr(checkpoint, "_flush", slow)
+    writer = Writer(tmp_path, Trained(model=model, optimizer=optimizer))
+    writer.save(2)
+    train(model, optimizer, range(2, 4))
+    assert not (tmp_path / "latest").exists()
+    go.set()
+    writer.wait()
+    restored = small()
+    latest(tmp_path).load_model(restored)
+    assert same(state_of(restored), weights)
+    assert not same(state_of(model), weights)
+
+
+def test_what_fails_behind_training_is_told_where_it_asks_next(tmp_path, monkeypatch):
+    def fail(*_):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(checkpoint, "save_file", fail)
+    writer = Writer(tmp_path, Trained(**dict(zip(("model", "optimizer"), with_optimizer(), strict=True))))
+    writer.save(1)
+    with pytest.raises(OSError, match="No space left"):
+        writer.save(2)
 
 
 def test_a_folder_that_was_moved_still_loads(saved):
@@ -222,7 +351,7 @@ def test_another_architecture_is_named_and_nothing_is_loaded(saved, shape, messa
     other, optimizer = with_optimizer(**shape)
     before = state_of(other)
     found = latest(folder)
-    said = refusal(found.load_training, other, optimizer)
+    said = refusal(load, found, other, optimizer)
     assert said == (
         f"checkpoint {folder}/step-00000003 is of another architecture: {message}; "
         "check model.trunk, model.embedding_size and model.head_batchnorm"
@@ -252,7 +381,7 @@ def test_deepspeeds_own_files_are_saved_checked_and_loaded(tmp_path):
     save(tmp_path, 1, model, None, engine=Engine())
     restored, engine = small(), Engine()
     nn.init.zeros_(restored[0].weight)
-    latest(tmp_path).load_training(restored, None, engine)
+    load(latest(tmp_path), restored, None, engine)
     assert engine.loaded == "state"
     assert same(state_of(restored), state_of(model))
     (tmp_path / "step-00000001" / "deepspeed" / "part-of-rank-0.pt").write_text("other")
@@ -262,10 +391,10 @@ def test_deepspeeds_own_files_are_saved_checked_and_loaded(tmp_path):
 def test_the_kind_of_training_must_be_the_same(saved, tmp_path):
     folder, model, optimizer = saved
     ddp = latest(folder)
-    said = refusal(ddp.load_training, model, optimizer, Engine())
+    said = refusal(load, ddp, model, optimizer, Engine())
     assert said == f"checkpoint {ddp.folder} was written under DDP; it cannot be resumed with DeepSpeed"
     deepspeed = save(tmp_path / "other", 1, model, None, engine=Engine())
-    said = refusal(deepspeed.load_training, model, optimizer)
+    said = refusal(load, deepspeed, model, optimizer)
     assert said == f"checkpoint {deepspeed.folder} was written under DeepSpeed; it cannot be resumed without DeepSpeed"
 
 
@@ -273,5 +402,5 @@ def test_deepspeed_needs_as_many_ranks_as_wrote_it(tmp_path):
     found = save(tmp_path, 1, small(), None, engine=Engine())
     path = found.folder / "state.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | {"world_size": 4}))
-    said = refusal(found.load_training, small(), None, Engine())
+    said = refusal(load, found, small(), None, Engine())
     assert said == f"checkpoint {found.folder} was written by 4 DeepSpeed ranks; this run has 1"

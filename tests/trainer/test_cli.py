@@ -343,6 +343,7 @@ def test_a_run_without_a_checkpoint(fails, tmp_path, run, name):
 
 def test_a_run_whose_checkpoint_is_damaged(fails, tmp_path, run):
     copy = Path(shutil.copytree(run, tmp_path / "run"))
+    shutil.rmtree(copy / "checkpoints" / "step-00000002")
     weights = copy / "checkpoints" / "step-00000003" / "model.safetensors"
     weights.write_bytes(weights.read_bytes()[:-1])
     found = fails("evaluate", copy, "--knn", 1)

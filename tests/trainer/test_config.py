@@ -25,15 +25,14 @@ def another(kind: Any, value: Any) -> Any:
         return not value if isinstance(value, bool) else Path("some where/shärds")
     if isinstance(value, tuple):
         return tuple(item / 2 for item in value)
-    return value + 1 if isinstance(value, int) else value / 2
+    return value + 1 if isinstance(value, int) else value / 2 or 0.5
 
 
 def all_other(kind: type) -> Any:
     """Settings of which none is the default."""
     hints, usual = typing.get_type_hints(kind), kind()
-    return kind(
-        **{field.name: another(hints[field.name], getattr(usual, field.name)) for field in dataclasses.fields(kind)}
-    )
+    names = [field.name for field in dataclasses.fields(kind) if field.name != "memory"]  # does not go with own_rank
+    return kind(**{name: another(hints[name], getattr(usual, name)) for name in names})
 
 
 UNUSUAL = TrainConfig(**{name: all_other(kind) for name, kind in typing.get_type_hints(TrainConfig).items()})
@@ -66,7 +65,8 @@ def test_the_unusual_settings_are_all_unusual():
     for section in dataclasses.fields(TrainConfig):
         unusual, usual = getattr(UNUSUAL, section.name), getattr(TrainConfig(), section.name)
         for setting in dataclasses.fields(unusual):
-            assert getattr(unusual, setting.name) != getattr(usual, setting.name), (section.name, setting.name)
+            if setting.name != "memory":  # see all_other
+                assert getattr(unusual, setting.name) != getattr(usual, setting.name), (section.name, setting.name)
 
 
 @pytest.mark.parametrize("text", ["", "# nothing\n", "{}", "run: {}"])
@@ -92,7 +92,7 @@ def test_values_get_the_type_of_their_setting(tmp_path):
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("modle: {}", "unknown key 'modle'; allowed are data, plan, augment, model, loss, optimizer, run"),
+        ("modle: {}", "unknown key 'modle'; allowed are data, plan, augment, model, loss, guard, optimizer, run"),
         ("model: {trnk: resnet18}", "unknown key 'model.trnk'; allowed are trunk, embedding_size, "),
         ("run: {7: 7}", "unknown key 'run.7'; allowed are folder, steps"),
         ("null: {}", "unknown key 'None'"),
@@ -287,8 +287,4 @@ def test_what_a_loss_says_of_itself():
     assert LossConfig(kind="margin", margin=0.3).effective_margin == 0.3
     assert LossConfig(kind="smooth", margin=0.3).effective_margin == 0.3
     assert LossConfig(kind="soft_margin", margin=0.3).effective_margin is None
-    sharpness = {
-        kind: LossConfig(kind=kind, sharpness=7).effective_sharpness for kind in ("smooth", "soft_margin", "margin")
-    }
-    assert sharpness == {"smooth": 7, "soft_margin": None, "margin": None}
     assert (LossConfig(distance="squared").squared, LossConfig(distance="root").squared) == (True, False)

@@ -4,7 +4,6 @@ import pytest
 import torch
 
 from trainer import telemetry
-from trainer.metric.mining import Triplets
 from trainer.telemetry import Telemetry, truncate
 from trainer.train_step import StepStats
 
@@ -25,9 +24,20 @@ def clock(monkeypatch):
     return clock
 
 
-def stats(loss: float, active: int, positive: list[float], negative: list[float], valid: list[bool]) -> StepStats:
-    hardest = Triplets(torch.tensor(positive), torch.tensor(negative), torch.tensor(valid))
-    return StepStats(torch.tensor(loss), torch.tensor(2 * active), torch.tensor(active), hardest)
+def stats(
+    loss: float, active: int, positive: list[float], negative: list[float], valid: list[bool], flags=(0, 0, 0)
+) -> StepStats:
+    kept = torch.tensor(valid)
+    return StepStats(
+        torch.tensor(loss),
+        torch.tensor(2 * active),
+        torch.tensor(active),
+        kept.sum(),
+        (torch.tensor(positive) * kept).sum(),
+        (torch.tensor(negative) * kept).sum(),
+        torch.tensor(flags, dtype=torch.float64),
+        torch.tensor([[1.0, 0.0], [-1.0, 0.0]]),
+    )
 
 
 FIRST = stats(0.75, 2, [0.5, 0.25, 9.0], [1.0, 0.5, 9.0], [True, True, False])
@@ -67,7 +77,11 @@ def test_a_line_by_hand(tmp_path, report, clock):
         "d_an": (1.0 + 0.5 + 1.5 + 0.25 + 0.25) / 5,
         "images_per_s": 2 * 24 / 8,
         "data_wait_percent": 25.0,
+        "embedding_spread": 1.0,
+        "effective_rank": pytest.approx(1.0),
         "learning_rate": 0.01,
+        "updates_left_out": 0,
+        "pictures_replaced": 0,
     }
     assert lines(tmp_path) == [line]
 
@@ -147,14 +161,40 @@ def test_other_ranks_write_nothing_but_compute_the_line(tmp_path, report, clock,
 
 def test_counts_and_sums_are_those_of_all_ranks(report, clock, monkeypatch):
     """Rates are taken from summed counts, not averaged over ranks: 2 of 2 here and 0 of 8 there are 20 %."""
-    there = torch.tensor([0.0, 4.0, 0.0, 8.0, 8 * 0.125, 8 * 0.75], dtype=torch.float64)
+    there = torch.tensor([0.0, 4.0, 0.0, 8.0, 8 * 0.125, 8 * 0.75, 3], dtype=torch.float64)
     monkeypatch.setattr(telemetry, "all_reduce_sum", lambda sums: sums + there)
     report.add(FIRST)
     clock.now += 1
-    line = report.log(1, 1, 0.1)
+    line = report.log(1, 1, 0.1, replaced=2)
     assert line["active_fraction"] == 0.2
+    assert line["pictures_replaced"] == 5
     assert line["loss"] == 0.75 / 8
     assert (line["d_ap"], line["d_an"]) == ((0.75 + 1) / 10, (1.5 + 6) / 10)
+
+
+def test_a_step_that_was_left_out_counts_as_such_alone(report, clock):
+    report.add(stats(float("nan"), 5, [float("nan")], [1.0], [True], flags=(1, 0, 2)))
+    report.skipped()
+    report.add(FIRST)
+    clock.now += 1
+    line = report.log(2, 1, 0.1)
+    assert (line["loss"], line["updates_left_out"]) == (0.75 / 4, 1)
+
+
+def test_the_loss_is_told_relative_to_the_margin(tmp_path, clock):
+    report = Telemetry(tmp_path, 24, lambda values, step: None, margin=0.25)
+    report.add(FIRST)
+    clock.now += 1
+    assert report.log(1, 1, 0.1)["loss_over_margin"] == 0.75 / 4 / 0.25
+
+
+def test_events_are_told_once_and_kept(tmp_path, report, capsys, monkeypatch):
+    report.event("something", everywhere=False)
+    monkeypatch.setattr(telemetry, "rank", lambda: 3)
+    report.event("something", everywhere=False)
+    report.event("a picture")
+    assert lines(tmp_path, "events.jsonl") == [{"rank": 0, "event": "something"}, {"rank": 3, "event": "a picture"}]
+    assert capsys.readouterr().err == "facescale: something\nfacescale: a picture\n"
 
 
 def test_many_steps_add_up_without_rounding(report, clock):

@@ -11,6 +11,7 @@ from torch import nn
 from data_shards.convert import ConvertConfig, convert
 from data_shards.loader import Batch
 from tests.data_shards.collections_on_disk import every_file
+from tests.trainer.metric import oracle
 from trainer.config import (
     LossConfig,
     ModelConfig,
@@ -20,7 +21,7 @@ from trainer.config import (
     TrainConfig,
     save,
 )
-from trainer.metric.mining import batch_hard, smooth_hard
+from trainer.engine import PlainEngine
 from trainer.train import (
     check_folder,
     learning_rate,
@@ -30,7 +31,7 @@ from trainer.train import (
     make_optimizer,
     set_learning_rate,
 )
-from trainer.train_step import miner, train_step
+from trainer.train_step import TrainStep
 
 
 @pytest.mark.parametrize(
@@ -109,59 +110,108 @@ def expected_step(kind: str) -> tuple[float, int]:
     return sum(losses), sum(loss > 0 for loss in losses)
 
 
+def step_of(model: nn.Module, optimizer: torch.optim.Optimizer, **loss) -> TrainStep:
+    plan = PlanConfig(identities_per_batch=2, images_per_identity=2)
+    config = dataclasses.replace(TrainConfig(), loss=LossConfig(**loss), plan=plan)
+    return TrainStep(PlainEngine(model, optimizer), config)
+
+
+def batch_of(identities: list[int]) -> Batch:
+    rows = torch.arange(len(identities))
+    return Batch(rows, torch.tensor(identities), rows)
+
+
+def fused(model: nn.Module, rate: float) -> torch.optim.Optimizer:
+    return torch.optim.SGD(model.parameters(), lr=rate, momentum=0.5, fused=True)
+
+
 @pytest.mark.parametrize("kind", ["margin", "soft_margin"])
 def test_a_step_divides_the_sum_by_the_active_count_and_updates_once(kind):
-    model, losses = Table(DEGREES), []
-    optimizer = torch.optim.SGD(model.parameters(), lr=0.01)
+    model = Table(DEGREES)
     before = model.angles.detach().clone()
-
-    def backward(loss: torch.Tensor) -> None:
-        losses.append(loss.item())
-        loss.backward()
-        gradients.append(model.angles.grad.clone())
-
-    gradients: list[torch.Tensor] = []
-    batch = Batch(torch.arange(4), torch.tensor(IDENTITIES), torch.arange(4))
-    stats = train_step(model, batch, optimizer, LossConfig(kind=kind, margin=0.2), backward)
+    stats = step_of(model, fused(model, 0.01), kind=kind, margin=0.2)(batch_of(IDENTITIES))
     total, active = expected_step(kind)
-    assert losses == [pytest.approx(total / active, abs=1e-12)]
     assert (stats.loss_sum.item(), stats.active.item()) == (pytest.approx(total, abs=1e-12), active)
     assert active == {"margin": 2, "soft_margin": 4}[kind]
+    assert stats.flags.tolist() == [0, 0, 0]
     assert not stats.loss_sum.requires_grad
-    torch.testing.assert_close(model.angles.detach(), before - 0.01 * gradients[0], rtol=0, atol=1e-15)
-    assert gradients[0].any()
     assert model.angles.grad is None
+
+    def loss_of(angles: torch.Tensor) -> torch.Tensor:
+        points = torch.stack([angles.cos(), angles.sin()], 1)
+        return oracle.loss_of(points, IDENTITIES, "batch_hard", None if kind == "soft_margin" else 0.2, False)[0]
+
+    (gradient,) = torch.autograd.grad(loss_of(before.requires_grad_()), before)
+    torch.testing.assert_close(model.angles.detach(), before.detach() - 0.01 * gradient / active, rtol=0, atol=1e-14)
+    assert gradient.any()
 
 
 def test_a_step_in_which_no_triplet_is_active_changes_nothing():
     model = Table([0, 1, 180, 181])
     before = model.angles.detach().clone()
-    optimizer = torch.optim.SGD(model.parameters(), lr=1)
-    batch = Batch(torch.arange(4), torch.tensor(IDENTITIES), torch.arange(4))
-    losses = []
-
-    def backward(loss: torch.Tensor) -> None:
-        losses.append(loss.item())
-        loss.backward()
-
-    stats = train_step(model, batch, optimizer, LossConfig(kind="margin", margin=0.2), backward)
-    assert (stats.active, losses) == (0, [0.0])
+    stats = step_of(model, fused(model, 1), kind="margin", margin=0.2)(batch_of(IDENTITIES))
+    assert (stats.active, stats.loss_sum) == (0, 0)
     assert torch.equal(model.angles, before)
 
 
-@pytest.mark.parametrize("squared", [False, True])
-def test_the_settings_choose_the_miner(squared):
-    model, identities = Table(DEGREES), torch.tensor(IDENTITIES)
-    points = model(torch.arange(4)).detach()
-    args = (points, identities, points, identities, torch.arange(4))
-    distance = "squared" if squared else "root"
-    for kind, wanted in (
-        ("margin", batch_hard(*args, squared=squared)),
-        ("soft_margin", batch_hard(*args, squared=squared)),
-        ("smooth", smooth_hard(*args, sharpness=7.0, squared=squared)),
-    ):
-        found = miner(LossConfig(kind=kind, distance=distance, sharpness=7.0))(*args)
-        assert all(torch.equal(ours, theirs) for ours, theirs in zip(found, wanted, strict=True))
+@pytest.mark.parametrize("bad", [math.nan, math.inf])
+@pytest.mark.parametrize("kind", ["smooth", "margin", "soft_margin"])
+@pytest.mark.parametrize("optimizer", ["sgd", "adamw"])
+def test_embeddings_that_are_not_finite_change_nothing(optimizer, kind, bad):
+    """Neither weights, nor the optimiser's state, nor running statistics; the next batch is learned from as if nothing was."""
+
+    class Odd(Table):
+        def __init__(self) -> None:
+            super().__init__(DEGREES)
+            self.norm = nn.BatchNorm1d(2, affine=False).double()
+
+        def forward(self, rows: torch.Tensor) -> torch.Tensor:
+            points = super().forward(rows)
+            self.norm(points + self.add)
+            return points + self.add
+
+    def trained(adds: list[float]) -> tuple[Odd, list]:
+        model = Odd()
+        settings = OptimizerConfig(kind=optimizer, learning_rate=0.01, momentum=0.5)
+        step = step_of(model, make_optimizer(model, settings), kind=kind)
+        flags = []
+        for model.add in adds:
+            flags.append(step(batch_of(IDENTITIES)).flags.tolist())
+        return model, flags
+
+    ours, flags = trained([0.0, bad, 0.0])
+    theirs, _ = trained([0.0, 0.0])
+    assert flags == [[0, 0, 0], [1, 0, 2], [0, 0, 0]]
+    assert ours.state_dict().keys() == theirs.state_dict().keys()
+    for name, value in ours.state_dict().items():
+        assert name == "norm.num_batches_tracked" or torch.equal(value, theirs.state_dict()[name]), name
+
+
+def test_a_gradient_that_is_not_finite_changes_nothing():
+    model = Table(DEGREES)
+    model.angles.register_hook(lambda gradient: gradient * math.nan)
+    before = model.angles.detach().clone()
+    stats = step_of(model, fused(model, 0.1), kind="smooth")(batch_of(IDENTITIES))
+    assert stats.flags.tolist() == [1, 0, 0]
+    assert torch.equal(model.angles, before)
+
+
+def test_gradients_are_clipped_to_the_norm_that_is_asked_for():
+    changes = []
+    for clip in (0.0, 0.5, 1e-3):
+        model = Table(DEGREES)
+        before = model.angles.detach().clone()
+        engine = PlainEngine(model, fused(model, 1.0), clip)
+        (model(torch.arange(4)).sum() * 3).backward()
+        assert engine.update(torch.tensor(0.0)) == 0
+        changes.append((model.angles.detach() - before).norm().item())
+    assert changes[0] > 1
+    assert changes[1:] == pytest.approx([0.5, 1e-3], rel=1e-4)
+
+
+def test_being_asked_to_stop_is_passed_on():
+    model = Table(DEGREES)
+    assert step_of(model, fused(model, 0.1))(batch_of(IDENTITIES), 1, asked_to_stop=True).flags.tolist() == [0, 1, 0]
 
 
 def config_at(folder, **changed) -> TrainConfig:

@@ -1,0 +1,184 @@
+"""Ends a job that hangs, and says which rank was to blame and what it was doing.
+
+A thread of each rank posts a heartbeat every second, whatever the rank's main thread is waiting for. A rank that has been at one
+thing for too long, or that finds another rank's process gone, reads all heartbeats, names the ranks that are silent or that
+hold up the others, kills those of them that run on its own machine, and ends.
+"""
+
+import contextlib
+import json
+import os
+import signal
+import socket
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+
+from trainer.collectives import Board, rank, world_size
+
+EXIT_STALLED = 70
+"""Exit code of a rank that ends a job because it hangs (EX_SOFTWARE of sysexits.h)."""
+BEAT_S = 1.0
+SILENT_S = 4.0
+"""Seconds without a heartbeat after which a rank counts as silent."""
+
+
+@dataclass(frozen=True)
+class Beat:
+    """What a rank posts."""
+
+    number: int
+    host: str
+    pid: int
+    doing: str
+    """What its main thread is at."""
+    seconds: float
+    """For how long."""
+
+
+class Watchdog:
+    """Watches over the ranks from a thread; does nothing where there is one rank.
+
+    Args:
+        limit_s: seconds that the main thread may be at one thing.
+    """
+
+    def __init__(self, limit_s: float) -> None:
+        self._limit_s = limit_s
+        self._doing, self._since = "start", time.monotonic()
+        self._number = 0
+        self._seen: dict[int, tuple[int, float]] = {}
+        """Number of each rank's newest beat, and when this rank first saw it."""
+        self._ended = threading.Event()
+        self._board = Board() if Board.reachable() else None
+        if self._board is not None:
+            threading.Thread(target=self._watch, name="watchdog", daemon=True).start()
+
+    @contextmanager
+    def at(self, doing: str) -> Iterator[None]:
+        """Says what the main thread is at."""
+        before = self._doing
+        self._begin(doing)
+        try:
+            yield
+        finally:
+            self._begin(before)
+
+    def end(self) -> None:
+        """The job is over: the ranks may go in any order."""
+        self._ended.set()
+        if self._board is not None:
+            with contextlib.suppress(RuntimeError):
+                self._board.post(_LEFT)
+
+    def explain(self) -> str:
+        """Which ranks are silent, for the message of a collective that failed; empty where none is."""
+        if self._board is None or self._ended.is_set():
+            return ""
+        with contextlib.suppress(RuntimeError):
+            patience = time.monotonic() + SILENT_S + 2 * BEAT_S
+            while time.monotonic() < patience:
+                silent = self._silent(self._beats())
+                if silent:
+                    return f"was at {self._doing}; {_told(silent, self._seen)}"
+                time.sleep(BEAT_S / 4)
+        return ""
+
+    def _begin(self, doing: str) -> None:
+        self._doing, self._since = doing, time.monotonic()
+
+    def _watch(self) -> None:
+        while not self._ended.wait(BEAT_S):
+            try:
+                self._post()
+                beats = self._beats()
+            except RuntimeError:
+                self._give_up("rank 0, which keeps the heartbeats, does not answer any more", speak=rank() == 1)
+                return
+            silent = self._silent(beats)
+            dead = {number: beat for number, beat in silent.items() if _is_gone(beat)}
+            if dead or time.monotonic() - self._since > self._limit_s:
+                blamed = dead or silent or _slowest(beats)
+                self._give_up(_told(blamed, self._seen), speak=rank() == min(beats.keys() - silent.keys()), kill=silent)
+
+    def _post(self) -> None:
+        assert self._board is not None
+        self._number += 1
+        seconds = round(time.monotonic() - self._since, 1)
+        beat = Beat(self._number, socket.gethostname(), os.getpid(), self._doing, seconds)
+        self._board.post(json.dumps(asdict(beat)))
+
+    def _beats(self) -> dict[int, Beat]:
+        assert self._board is not None
+        posted = {number: text for number, text in enumerate(self._board.read()) if text and text != _LEFT}
+        beats = {number: Beat(**json.loads(text)) for number, text in posted.items()}
+        now = time.monotonic()
+        for number, beat in beats.items():
+            if self._seen.get(number, (-1, 0.0))[0] != beat.number:
+                self._seen[number] = beat.number, now
+        return beats
+
+    def _silent(self, beats: dict[int, Beat]) -> dict[int, Beat]:
+        now = time.monotonic()
+        return {
+            number: beat
+            for number, beat in beats.items()
+            if number != rank() and (now - self._seen[number][1] > SILENT_S or _is_gone(beat))
+        }
+
+    def _give_up(self, reason: str, speak: bool, kill: dict[int, Beat] | None = None) -> None:
+        """Ends this process at once: its main thread may never return. Silent ranks of this machine are killed, for they would
+        not hear the launcher either."""
+        if self._ended.is_set():
+            return
+        if speak:
+            line = f"facescale: rank {rank()} of {world_size()} was at {self._doing}; {reason}"
+            print(line, file=sys.stderr, flush=True)
+        for beat in (kill or {}).values():
+            if beat.host == socket.gethostname():
+                with contextlib.suppress(OSError):
+                    os.kill(beat.pid, signal.SIGKILL)
+        os._exit(EXIT_STALLED)
+
+
+_LEFT = "left"
+
+
+def _is_gone(beat: Beat) -> bool:
+    if beat.host != socket.gethostname():
+        return False
+    try:
+        os.kill(beat.pid, 0)
+    except ProcessLookupError:
+        return True
+    except OSError:
+        return False
+    with contextlib.suppress(OSError), open(f"/proc/{beat.pid}/stat") as file:
+        return file.read().rpartition(")")[2].split()[0] == "Z"
+    return False
+
+
+def _slowest(beats: dict[int, Beat]) -> dict[int, Beat]:
+    """Ranks at another thing than most, which the others wait for; all, where they are at the same."""
+    doings = [beat.doing for beat in beats.values()]
+    usual = max(set(doings), key=doings.count)
+    others = {number: beat for number, beat in beats.items() if beat.doing != usual}
+    return others or beats
+
+
+def _told(blamed: dict[int, Beat], seen: dict[int, tuple[int, float]]) -> str:
+    now = time.monotonic()
+    parts = []
+    for number, beat in sorted(blamed.items()):
+        quiet = now - seen[number][1]
+        if _is_gone(beat):
+            state = f"is dead; it was at {beat.doing}"
+        elif quiet > SILENT_S:
+            state = f"has been silent for {quiet:.0f} s, stopped or cut off; it was at {beat.doing}"
+        else:
+            state = f"has been at {beat.doing} for {beat.seconds:.0f} s"
+        parts.append(f"rank {number} (process {beat.pid} on {beat.host}) {state}")
+    return "; ".join(parts)
