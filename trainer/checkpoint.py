@@ -36,7 +36,9 @@ CHECKPOINTS = "checkpoints"
 """Name of the folder of checkpoints in a run's folder."""
 
 _MODEL, _EMA, _MEMORY = "model.safetensors", "ema.safetensors", "memory.safetensors"
-_OPTIMIZER, _ENGINE, _STATE, _LATEST = "optimizer.pt", "deepspeed", "state.json", "latest"
+_OPTIMIZER, _ENGINE, _STATE = "optimizer.pt", "deepspeed", "state.json"
+LATEST = "latest"
+"""Name of the file in it that names the newest."""
 
 
 @dataclass(kw_only=True)
@@ -220,7 +222,7 @@ class Writer:
         if final.exists():
             shutil.rmtree(final)
         aside.rename(final)
-        _write_atomically(self._folder / _LATEST, final.name)
+        _write_atomically(self._folder / LATEST, final.name)
         for old in _folders(self._folder, newest=final.name)[self._keep :]:
             shutil.rmtree(old)
 
@@ -234,7 +236,7 @@ def latest(folder: Path) -> Checkpoint:
     Raises:
         ValueError: there is none.
     """
-    pointer = folder / _LATEST
+    pointer = folder / LATEST
     if not pointer.is_file():
         raise ValueError(f"{folder} has no checkpoint: train first")
     newest = pointer.read_text().strip()

@@ -171,6 +171,8 @@ class RunConfig:
     """Newest checkpoints that stay."""
     resume: bool = False
     """Go on from the newest checkpoint in the run folder."""
+    resume_if_begun: bool = False
+    """As resume where the run folder has a checkpoint, else begin: for scripts that are started again and again."""
     micro_batch: int | None = None
     """Images of each rank that go through the network at once: the batch can be larger than memory, for a second forward.
     Gradients stay those of the whole batch, with BatchNorm's statistics of each part. None: all at once."""
@@ -274,8 +276,10 @@ def load(path: Path) -> TrainConfig:
 
 
 def save(config: TrainConfig, path: Path) -> None:
-    """Writes all settings as YAML that `load` reads back equal."""
-    path.write_text(yaml.safe_dump(_plain(dataclasses.asdict(config)), sort_keys=False))
+    """Writes all settings as YAML that `load` reads back equal; the file is whole or not there."""
+    aside = path.with_name(f".{path.name}.partial")
+    aside.write_text(yaml.safe_dump(_plain(dataclasses.asdict(config)), sort_keys=False))
+    aside.rename(path)
 
 
 def _plain(value: Any) -> Any:

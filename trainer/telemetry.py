@@ -35,7 +35,7 @@ class Telemetry:
         margin: float | None = None,
     ) -> None:
         self._folder, self._global_batch, self._track, self._margin = folder, global_batch, track, margin
-        self._embeddings: Tensor | None = None  # of the last step
+        self._embeddings: Tensor | None = None  # of the last step that was not left out
         self._skipped = 0
         self._restart()
 
@@ -54,7 +54,8 @@ class Telemetry:
         """Counts a step; nothing here waits for the device."""
         totals = _totals(stats)
         self._sums = totals if self._sums is None else self._sums + totals
-        self._embeddings = stats.embeddings
+        before = torch.zeros_like(stats.embeddings) if self._embeddings is None else self._embeddings
+        self._embeddings = torch.where(stats.flags[0] == 0, stats.embeddings, before)
         self._steps += 1
 
     def skipped(self) -> None:

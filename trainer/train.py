@@ -9,6 +9,7 @@ import os
 import sys
 import warnings
 from collections.abc import Sequence
+from datetime import timedelta
 
 import torch
 import torchvision
@@ -34,12 +35,12 @@ from trainer.flags import Flags, Verdict
 from trainer.metric.memory import CrossBatchMemory
 from trainer.model import Embedder, parameter_groups
 from trainer.precision import use_bf16
-from trainer.preemption import EXIT_PREEMPTED, Preempted, asked_to_stop
+from trainer.preemption import EXIT_PREEMPTED, Asked, Preempted, asked_to_stop
 from trainer.train_step import TrainStep, objective_of
 from trainer.watchdog import EXIT_STALLED, Watchdog
 
 
-def train(config: TrainConfig, accelerator: Accelerator, watchdog: Watchdog) -> None:
+def train(config: TrainConfig, accelerator: Accelerator, watchdog: Watchdog, asked: Asked) -> None:
     """Trains to the last step, from the newest checkpoint where `run.resume` says so.
 
     Raises:
@@ -57,7 +58,7 @@ def train(config: TrainConfig, accelerator: Accelerator, watchdog: Watchdog) -> 
     set_seed(config.run.seed)
     trained, engine = _prepare(config, accelerator, batch_size)
     start = 0
-    if config.run.resume:
+    if resumes(config):
         found = checkpoint.latest(config.run.folder / checkpoint.CHECKPOINTS)
         found.check_shards(shards.fingerprint)
         found.load_training(trained)
@@ -92,11 +93,11 @@ def train(config: TrainConfig, accelerator: Accelerator, watchdog: Watchdog) -> 
     judged = trained.ema.module if trained.ema is not None else trained.model
     flags = Flags(device)
 
-    with asked_to_stop() as asked, progress("train", steps, "steps", enabled=rank() == 0) as advance:
+    with progress("train", steps, "steps", enabled=rank() == 0) as advance:
         advance(start)
         for step in range(start + 1, steps + 1):
             rate = set_learning_rate(trained.optimizer, config.optimizer, step, steps, guard.rate)
-            with report.waiting(), watchdog.at(f"the data of step {step}"):
+            with report.waiting(), watchdog.at(f"the data of step {step}", alone=True):
                 batch = next(loader)
             with watchdog.at(f"step {step}"):
                 stats = train_step(batch, step, asked.now)
@@ -158,10 +159,18 @@ def check_folder(config: TrainConfig) -> None:
         ValueError: it holds something already or, to be resumed, does not hold a run of the same settings.
     """
     folder = config.run.folder
-    if config.run.resume:
+    if resumes(config):
         _check_same_settings(config)
+    elif config.run.resume_if_begun and (folder / CONFIG).is_file():
+        _check_same_settings(config)  # killed before its first checkpoint
     elif folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise ValueError(f"run folder {folder} exists and is not empty; choose another run.folder or say --run.resume")
+
+
+def resumes(config: TrainConfig) -> bool:
+    """Whether the run goes on from a checkpoint."""
+    begun = (config.run.folder / checkpoint.CHECKPOINTS / checkpoint.LATEST).is_file()
+    return config.run.resume or (config.run.resume_if_begun and begun)
 
 
 def make_folder(config: TrainConfig, start: int = 0) -> None:
@@ -171,9 +180,8 @@ def make_folder(config: TrainConfig, start: int = 0) -> None:
     """
     barrier()
     if rank() == 0:
-        if config.run.resume:
-            telemetry.truncate(config.run.folder, start)
-        else:
+        telemetry.truncate(config.run.folder, start)
+        if not (config.run.folder / CONFIG).is_file():
             config.run.folder.mkdir(parents=True, exist_ok=True)
             save(config, config.run.folder / CONFIG)
     barrier()
@@ -258,9 +266,10 @@ def make_accelerator(config: RunConfig) -> Accelerator:
         gradient_as_bucket_view=True, broadcast_buffers=False, static_graph=config.micro_batch is None
     )
     handlers: list[KwargsHandler] = [ddp]
+    if "LOCAL_RANK" in os.environ:  # started by hand, accelerate makes no group and stumbles over a named backend
+        limit = timedelta(seconds=config.stall_s + 60)  # the watchdog is to speak first
+        handlers.append(InitProcessGroupKwargs(backend="gloo" if cpu else "nccl", timeout=limit))
     if cpu:
-        if "LOCAL_RANK" in os.environ:  # started by hand, accelerate makes no group and stumbles over a named backend
-            handlers.append(InitProcessGroupKwargs(backend="gloo"))
         local_ranks = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
         torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // local_ranks))
     accelerator = Accelerator(
@@ -294,10 +303,11 @@ def main(argv: Sequence[str] | None = None, prog: str = "python -m trainer.train
     watchdog = None
     try:
         config = parse(sys.argv[1:] if argv is None else argv, prog)
-        accelerator = make_accelerator(config.run)
-        watchdog = Watchdog(config.run.stall_s)
-        train(config, accelerator, watchdog)
-        watchdog.end()
+        with asked_to_stop() as asked:
+            accelerator = make_accelerator(config.run)
+            watchdog = Watchdog(config.run.stall_s)
+            train(config, accelerator, watchdog, asked)
+            watchdog.end()
     except Preempted as stop:
         assert watchdog is not None
         watchdog.end()

@@ -37,6 +37,8 @@ class Beat:
     """What its main thread is at."""
     seconds: float
     """For how long."""
+    alone: bool
+    """Whether it does that without waiting for other ranks."""
 
 
 class Watchdog:
@@ -48,7 +50,7 @@ class Watchdog:
 
     def __init__(self, limit_s: float) -> None:
         self._limit_s = limit_s
-        self._doing, self._since = "start", time.monotonic()
+        self._doing, self._alone, self._since = "its start", False, time.monotonic()
         self._number = 0
         self._seen: dict[int, tuple[int, float]] = {}
         """Number of each rank's newest beat, and when this rank first saw it."""
@@ -58,14 +60,12 @@ class Watchdog:
             threading.Thread(target=self._watch, name="watchdog", daemon=True).start()
 
     @contextmanager
-    def at(self, doing: str) -> Iterator[None]:
-        """Says what the main thread is at."""
-        before = self._doing
-        self._begin(doing)
-        try:
-            yield
-        finally:
-            self._begin(before)
+    def at(self, doing: str, alone: bool = False) -> Iterator[None]:
+        """Says what the main thread is at, and whether it does that alone, without waiting for other ranks."""
+        before = self._doing, self._alone
+        self._begin(doing, alone)
+        yield
+        self._begin(*before)  # not after an exception: `explain` tells what failed
 
     def end(self) -> None:
         """The job is over: the ranks may go in any order."""
@@ -78,17 +78,19 @@ class Watchdog:
         """Which ranks are silent, for the message of a collective that failed; empty where none is."""
         if self._board is None or self._ended.is_set():
             return ""
-        with contextlib.suppress(RuntimeError):
-            patience = time.monotonic() + SILENT_S + 2 * BEAT_S
-            while time.monotonic() < patience:
+        patience = time.monotonic() + SILENT_S + 2 * BEAT_S
+        while time.monotonic() < patience:
+            try:
                 silent = self._silent(self._beats())
-                if silent:
-                    return f"was at {self._doing}; {_told(silent, self._seen)}"
-                time.sleep(BEAT_S / 4)
+            except RuntimeError:
+                return f"was at {self._doing}; {_NO_BOARD}"
+            if silent:
+                return f"was at {self._doing}; {_told(silent, self._seen)}"
+            time.sleep(BEAT_S / 4)
         return ""
 
-    def _begin(self, doing: str) -> None:
-        self._doing, self._since = doing, time.monotonic()
+    def _begin(self, doing: str, alone: bool) -> None:
+        self._doing, self._alone, self._since = doing, alone, time.monotonic()
 
     def _watch(self) -> None:
         while not self._ended.wait(BEAT_S):
@@ -96,7 +98,7 @@ class Watchdog:
                 self._post()
                 beats = self._beats()
             except RuntimeError:
-                self._give_up("rank 0, which keeps the heartbeats, does not answer any more", speak=rank() == 1)
+                self._give_up(_NO_BOARD, speak=rank() == 1)
                 return
             silent = self._silent(beats)
             dead = {number: beat for number, beat in silent.items() if _is_gone(beat)}
@@ -108,7 +110,7 @@ class Watchdog:
         assert self._board is not None
         self._number += 1
         seconds = round(time.monotonic() - self._since, 1)
-        beat = Beat(self._number, socket.gethostname(), os.getpid(), self._doing, seconds)
+        beat = Beat(self._number, socket.gethostname(), os.getpid(), self._doing, seconds, self._alone)
         self._board.post(json.dumps(asdict(beat)))
 
     def _beats(self) -> dict[int, Beat]:
@@ -145,6 +147,7 @@ class Watchdog:
 
 
 _LEFT = "left"
+_NO_BOARD = "rank 0, which keeps the heartbeats, does not answer any more"
 
 
 def _is_gone(beat: Beat) -> bool:
@@ -162,9 +165,12 @@ def _is_gone(beat: Beat) -> bool:
 
 
 def _slowest(beats: dict[int, Beat]) -> dict[int, Beat]:
-    """Ranks at another thing than most, which the others wait for; all, where they are at the same."""
+    """Ranks at something of their own, which the others wait for; else those at another thing than most; else all."""
+    alone = {number: beat for number, beat in beats.items() if beat.alone}
+    if alone:
+        return alone
     doings = [beat.doing for beat in beats.values()]
-    usual = max(set(doings), key=doings.count)
+    usual = max(doings, key=doings.count)
     others = {number: beat for number, beat in beats.items() if beat.doing != usual}
     return others or beats
 

@@ -1,0 +1,333 @@
+"""Ranks that are killed, stopped, asked to stop, or see what is not finite: real processes, real signals."""
+
+import json
+import random
+import shutil
+import signal
+import time
+from importlib.metadata import version
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from data_shards.convert import ConvertConfig, convert
+from data_shards.index import ShardSet
+from data_shards.synthetic import synthesize
+from tests.distributed.launching import log
+from tests.distributed.ranks import Job, steps_logged
+from trainer import checkpoint
+from trainer.preemption import EXIT_PREEMPTED
+from trainer.watchdog import EXIT_STALLED
+
+STEPS = 24
+DEEPSPEED = {
+    "ACCELERATE_USE_CPU": "false",
+    "ACCELERATE_USE_DEEPSPEED": "true",
+    "ACCELERATE_DEEPSPEED_CONFIG_FILE": "launch/deepspeed/zero1.json",
+}
+
+
+@pytest.fixture(scope="module")
+def shards(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("synthetic")
+    synthesize(folder / "pictures", identities=14, images_per_identity=6, size=40, seed=5)
+    convert(folder / "pictures", folder / "shards", ConvertConfig(images_per_group=2))
+    return folder / "shards"
+
+
+def options(shards: Path, run: Path, **more: object) -> list[str]:
+    """P x K = 12 x 4, BatchNorm over 8 pictures at a time on any number of ranks, dropout-free, SGD, fp32."""
+    settings = {
+        "data.shards": shards,
+        "data.image_size": 32,
+        "plan.identities_per_batch": 12,
+        "plan.images_per_identity": 4,
+        "model.trunk": "resnet18",
+        "model.embedding_size": 16,
+        "optimizer.kind": "sgd",
+        "optimizer.learning_rate": 0.005,
+        "optimizer.warmup_steps": 2,
+        "run.folder": run,
+        "run.steps": STEPS,
+        "run.micro_batch": 8,
+        "run.log_every": 1,
+        "run.checkpoint_every": 3,
+        "run.precision": "fp32",
+        "run.device": "cpu",
+    } | {name.replace("__", "."): value for name, value in more.items()}
+    given = [part for name, value in settings.items() for part in (f"--{name.replace('_', '-')}", str(value))]
+    return [*given, "--run.no-tensorboard", "--run.resume-if-begun"]
+
+
+@pytest.fixture(scope="module")
+def undisturbed(shards, tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("undisturbed")
+    job = Job(folder, 2, *options(shards, folder / "run"), prepare=_Notes(folder / "batches"))
+    assert job.wait() == [0, 0], job.said()
+    return folder / "run"
+
+
+class _Notes:
+    """Writes down which samples every rank gets."""
+
+    def __init__(self, file: Path) -> None:
+        self.file = file
+
+    def __call__(self, rank: int) -> None:
+        from data_shards.loader import Loader
+
+        inner = Loader.__next__
+
+        def noted(loader: Loader):
+            batch = inner(loader)
+            with self.file.with_suffix(f".{rank}").open("a") as out:
+                out.write(json.dumps(batch.samples.tolist()) + "\n")
+            return batch
+
+        Loader.__next__ = noted
+
+    def batches(self, ranks: int) -> list[list[int]]:
+        """The global batch of each step."""
+        parts = [self.file.with_suffix(f".{rank}").read_text().splitlines() for rank in range(ranks)]
+        return [[sample for part in step for sample in json.loads(part)] for step in zip(*parts, strict=True)]
+
+
+def weights(run: Path, step: int = STEPS) -> dict[str, torch.Tensor]:
+    return load_file(run / "checkpoints" / f"step-{step:08d}" / "model.safetensors")
+
+
+def assert_same_run(ours: Path, theirs: Path) -> None:
+    """The same parameters bit for bit, and the same losses at the same steps. (Also rank 0's running statistics.)"""
+    first, second = weights(ours), weights(theirs)
+    assert first.keys() == second.keys()
+    assert all(torch.equal(first[name], second[name]) for name in first)
+    assert [(line["step"], line["loss"]) for line in log(ours)] == [
+        (line["step"], line["loss"]) for line in log(theirs)
+    ]
+
+
+def test_killed_at_twenty_random_moments_it_ends_bit_identical(shards, undisturbed, tmp_path):
+    """Both ranks at once, wherever they are: in the start, a step, a checkpoint's write."""
+    draw = random.Random(7)
+    run, kills, moments = tmp_path / "run", 0, set()
+    while kills < 20:
+        job = Job(tmp_path, 2, *options(shards, run))
+        before = steps_logged(run)
+        wanted = min(before + draw.choice([0, 0, 1, 2]), STEPS - 1)
+        job.until(lambda wanted=wanted: steps_logged(run) >= wanted)
+        time.sleep(draw.random() * 0.5)
+        moments.add(steps_logged(run))
+        job.kill()
+        assert "Traceback" not in job.said()
+        kills += 1
+        if (run / "checkpoints" / "latest").is_file():
+            assert checkpoint.latest(run / "checkpoints").step % 3 == 0
+    assert Job(tmp_path, 2, *options(shards, run)).wait() == [0, 0]
+    assert_same_run(run, undisturbed)
+    assert len(moments) >= 3, "the kills were not all at one step"
+
+
+@pytest.mark.parametrize("ranks", [1, 3])
+def test_on_another_number_of_ranks_it_goes_on_with_the_same_batches_and_losses(shards, undisturbed, tmp_path, ranks):
+    """Both go from 2 ranks; parts of 8 pictures are the same on 1, 2 and 3 ranks, and with them BatchNorm."""
+    run = Path(shutil.copytree(undisturbed, tmp_path / "run"))
+    shutil.rmtree(run / "checkpoints" / f"step-{STEPS:08d}")
+    (run / "checkpoints" / "latest").write_text(f"step-{STEPS - 3:08d}")
+    notes = _Notes(tmp_path / "batches")
+    job = Job(tmp_path, ranks, *options(shards, run), prepare=notes)
+    assert job.wait() == [0] * ranks, job.said()
+    whole = _Notes(undisturbed.parent / "batches").batches(2)
+    assert notes.batches(ranks) == whole[STEPS - 3 :]
+    for ours, theirs in zip(log(run), log(undisturbed), strict=True):
+        assert ours["loss"] == pytest.approx(theirs["loss"], rel=2e-5)
+    ours, theirs = weights(run), weights(undisturbed)
+    parameters = [name for name in ours if "running" not in name and "num_batches" not in name]
+    assert all(torch.allclose(ours[name], theirs[name], rtol=1e-3, atol=1e-5) for name in parameters)
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1])
+@pytest.mark.parametrize("rank", [0, 1])
+def test_one_rank_asked_to_stop_stops_all_at_the_same_step(shards, undisturbed, tmp_path, rank, number):
+    run = tmp_path / "run"
+    job = Job(tmp_path, 2, *options(shards, run, run__checkpoint_every=1000))
+    job.until(lambda: steps_logged(run) >= 4)
+    started = time.monotonic()
+    job.signal(rank, number)
+    assert job.wait(30) == [EXIT_PREEMPTED] * 2, job.said()
+    assert time.monotonic() - started < 30
+    step = checkpoint.latest(run / "checkpoints").step
+    assert 4 <= step < STEPS
+    assert job.lines()[-1] == f"asked to stop: step {step} is saved, --run.resume goes on from it"
+    assert Job(tmp_path, 2, *options(shards, run)).wait() == [0, 0]
+    assert_same_run(run, undisturbed)
+
+
+@pytest.mark.parametrize("rank", [0, 1, 2])
+def test_a_rank_that_dies_ends_the_job_and_is_named(shards, tmp_path, rank):
+    run = tmp_path / "run"
+    job = Job(tmp_path, 3, *options(shards, run, run__stall_s=600))
+    job.until(lambda: steps_logged(run) >= 2)
+    started = time.monotonic()
+    job.signal(rank, signal.SIGKILL)
+    codes = job.wait(20)
+    assert time.monotonic() - started < 12
+    assert codes[rank] == -signal.SIGKILL
+    assert 0 not in codes
+    said = " ".join(job.lines()[1:])
+    assert f"rank {rank} (process {job.processes[rank].pid} on" in said or (rank == 0 and "rank 0, which keeps" in said)
+    assert "was at step" in said
+
+
+def test_a_rank_that_stalls_ends_the_job_and_is_named(shards, tmp_path):
+    run, limit = tmp_path / "run", 6
+    job = Job(tmp_path, 3, *options(shards, run, run__stall_s=limit, run__steps=3000))
+    job.until(lambda: steps_logged(run) >= 2)
+    started = time.monotonic()
+    job.signal(1, signal.SIGSTOP)
+    codes = job.wait(limit + 10)
+    assert limit - 2 < time.monotonic() - started < limit + 10
+    assert codes == [EXIT_STALLED, -signal.SIGKILL, EXIT_STALLED]
+    said = job.lines()[-1]
+    assert said.startswith("rank 0 of 3 was at step ")
+    assert f"rank 1 (process {job.processes[1].pid} on " in said
+    assert " stopped or cut off; it was at " in said
+
+
+class _Slow:
+    """Rank 1's data takes for ever from its fourth batch on."""
+
+    def __call__(self, rank: int) -> None:
+        from data_shards.loader import Loader
+
+        inner, count = Loader.__next__, [0]
+
+        def slow(loader: Loader):
+            count[0] += 1
+            if rank == 1 and count[0] == 4:
+                time.sleep(1000)
+            return inner(loader)
+
+        Loader.__next__ = slow
+
+
+def test_a_rank_that_waits_for_its_data_is_named(shards, tmp_path):
+    job = Job(tmp_path, 2, *options(shards, tmp_path / "run", run__stall_s=5), prepare=_Slow())
+    assert job.wait(30) == [EXIT_STALLED] * 2, job.said()
+    said = " ".join(job.lines()[1:])
+    assert "rank 1 (process" in said
+    assert "has been at the data of step 4 for" in said
+
+
+class _Spoils:
+    """One rank's embeddings, or gradients, are not finite at its fourth step; the batch passes the network 6 times a step."""
+
+    def __init__(self, rank: int, what: str) -> None:
+        self.rank, self.what = rank, what
+
+    def __call__(self, rank: int) -> None:
+        from trainer.model import Embedder
+
+        inner, calls = Embedder.forward, [0]
+
+        def spoiled(model, images):
+            found = inner(model, images)
+            calls[0] += torch.is_grad_enabled()
+            at = (calls[0] - 1) // 3 == 3 if torch.is_grad_enabled() else calls[0] == 9
+            if rank == self.rank and at:
+                if self.what == "embeddings":
+                    return found * float("nan")
+                if found.requires_grad:
+                    found.register_hook(lambda gradient: gradient * float("inf"))
+            return found
+
+        Embedder.forward = spoiled
+
+
+@pytest.mark.parametrize("what", ["embeddings", "gradients"])
+def test_what_is_not_finite_on_one_rank_stops_all_before_the_update(shards, tmp_path, what):
+    run = tmp_path / "run"
+    job = Job(tmp_path, 2, *options(shards, run, run__checkpoint_every=1), prepare=_Spoils(1, what))
+    assert job.wait() == [1, 1], job.said()
+    named = "embeddings or loss of rank 1 are not finite" if what == "embeddings" else "a gradient is not finite"
+    assert job.lines()[-1].startswith(f"step 4: {named}")
+    assert checkpoint.latest(run / "checkpoints").step == 3
+    assert all(value.isfinite().all() for value in weights(run, 3).values())
+
+
+def test_what_is_not_finite_is_skipped_where_that_is_asked_for(shards, tmp_path):
+    run = tmp_path / "run"
+    spoils = _Spoils(1, "embeddings")
+    more = {"run__non_finite": "skip", "run__steps": 6, "run__checkpoint_every": 1, "run__keep_checkpoints": 9}
+    job = Job(tmp_path, 2, *options(shards, run, **more), prepare=spoils)
+    assert job.wait() == [0, 0], job.said()
+    third, fourth, fifth = (weights(run, step) for step in (3, 4, 5))
+    assert all(torch.equal(third[name], fourth[name]) for name in third if "num_batches" not in name)
+    assert not all(torch.equal(fourth[name], fifth[name]) for name in fourth)
+    assert [line["updates_left_out"] for line in log(run)] == [0, 0, 0, 1, 1, 1]
+    (event,) = log(run, "events.jsonl")
+    assert event["event"].startswith("step 4: embeddings or loss of rank 1")
+
+
+def test_a_picture_that_does_not_decode_is_replaced_counted_and_named(shards, tmp_path):
+    """Zeros from its middle on, since the conversion: decoders notice, and another of its identity takes its place."""
+    copy = Path(shutil.copytree(shards, tmp_path / "shards"))
+    split = ShardSet.open(copy).split("train")
+    row = split.samples[7]
+    (tar,) = (copy / "train").glob("*.tar")
+    content = bytearray(tar.read_bytes())
+    content[int(row["offset"]) : int(row["offset"]) + int(row["size"])] = bytes(int(row["size"]))
+    tar.write_bytes(bytes(content))
+    run = tmp_path / "run"
+    job = Job(tmp_path, 2, *options(copy, run, run__steps=6), prepare=_Notes(tmp_path / "batches"))
+    assert job.wait() == [0, 0], job.said()
+    seen = {sample for batch in _Notes(tmp_path / "batches").batches(2) for sample in batch}
+    assert 7 not in seen
+    assert len(seen) > 60
+    assert log(run)[-1]["pictures_replaced"] in (1, 2), "by each rank that met it"
+    events = [line["event"] for line in log(run, "events.jsonl")]
+    assert all(f": {split.key(7)} did not decode and was replaced" in event for event in events)
+    assert len(events) == log(run)[-1]["pictures_replaced"]
+
+
+class _Older:
+    """Rank 1 has another torch."""
+
+    def __call__(self, rank: int) -> None:
+        from trainer import agreement
+
+        inner = agreement.version
+        agreement.version = lambda name: "1.0" if rank == 1 and name == "torch" else inner(name)
+
+
+def test_ranks_that_differ_are_named_before_the_first_step(shards, tmp_path):
+    job = Job(tmp_path, 3, *options(shards, tmp_path / "run"), prepare=_Older())
+    assert job.wait() == [1, 1, 1], job.said()
+    mine = version("torch")
+    assert job.lines() == [f"ranks differ in version of torch: 1.0 on rank 1, {mine} on the other 2"]
+    assert not (tmp_path / "run").exists()
+
+
+def test_deepspeed_is_killed_and_goes_on_bit_identical(shards, tmp_path):
+    """ZeRO-1, killed 5 times; asked to stop once."""
+    small = {"run__steps": 12, "run__micro_batch": 24, "run__checkpoint_every": 2}
+    whole, run = tmp_path / "whole", tmp_path / "run"
+    assert Job(tmp_path, 2, *options(shards, whole, **small), **DEEPSPEED).wait() == [0, 0]
+    draw = random.Random(1)
+    for kill in range(5):
+        job = Job(tmp_path, 2, *options(shards, run, **small), **DEEPSPEED)
+        job.until(lambda kill=kill: steps_logged(run) >= 2 * kill + 1)
+        time.sleep(draw.random() * 0.5)
+        job.kill()
+    (tmp_path / "last").mkdir()
+    job = Job(tmp_path / "last", 2, *options(shards, run, **small), **DEEPSPEED)
+    job.until(lambda: "P x K" in job.said())
+    job.signal(1, signal.SIGTERM)
+    codes = job.wait(60)
+    assert codes in ([EXIT_PREEMPTED] * 2, [0, 0]), job.said()
+    if codes != [0, 0]:
+        assert Job(tmp_path, 2, *options(shards, run, **small), **DEEPSPEED).wait() == [0, 0]
+    first, second = weights(run, 12), weights(whole, 12)
+    assert all(torch.equal(first[name], second[name]) for name in first)
+    assert [line["loss"] for line in log(run)] == [line["loss"] for line in log(whole)]
