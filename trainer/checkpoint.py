@@ -225,6 +225,8 @@ class Writer:
         _write_atomically(self._folder / LATEST, final.name)
         for old in _folders(self._folder, newest=final.name)[self._keep :]:
             shutil.rmtree(old)
+        for interrupted in self._folder.glob(".step-*.partial"):
+            shutil.rmtree(interrupted)
 
     def _aside(self, step: int) -> Path:
         return self._folder / f".step-{step:08d}.partial"

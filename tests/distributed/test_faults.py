@@ -147,8 +147,7 @@ def test_on_another_number_of_ranks_it_goes_on_with_the_same_batches_and_losses(
     assert all(torch.allclose(ours[name], theirs[name], rtol=1e-3, atol=1e-5) for name in parameters)
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1])
-@pytest.mark.parametrize("rank", [0, 1])
+@pytest.mark.parametrize(("rank", "number"), [(0, signal.SIGUSR1), (1, signal.SIGTERM)])
 def test_one_rank_asked_to_stop_stops_all_at_the_same_step(shards, undisturbed, tmp_path, rank, number):
     run = tmp_path / "run"
     job = Job(tmp_path, 2, *options(shards, run, run__checkpoint_every=1000))
