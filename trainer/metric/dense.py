@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import softplus
 
-from trainer.metric.pool import Hardest, Pool, hardest_of, joined
+from trainer.metric.pool import Collected, Hardest, Pool, Runs, hardest_of
 
 _SMALLEST_SQUARED = 1e-6
 """Squared distances below this have no gradient through the root: single precision knows them no better."""
@@ -20,13 +20,16 @@ _SMALLEST_SQUARED = 1e-6
 class Block(NamedTuple):
     """Some anchors and their distances to all candidates."""
 
-    rows: slice
     distance: Tensor
     """In the loss's unit, shape (rows, N)."""
     same: Tensor
     """Same identity, the anchor itself included, bool, shape (rows, N)."""
     positive: Tensor
     """`same` without the anchor itself, bool, shape (rows, N)."""
+    columns: Tensor
+    """Columns of its identity's candidates, shape (rows, most)."""
+    there: Tensor
+    """Which of them are positives, bool, shape (rows, most)."""
     valid: Tensor
     """Whether the anchor has a positive and a negative, bool, shape (rows,)."""
 
@@ -67,23 +70,21 @@ def smooth_hard(margin: float, sharpness: float) -> Rule:
     return rule
 
 
-def batch_all(pool: Pool, margin: float | None, average: str, most: int | None = None) -> Rule:
+def batch_all(margin: float | None, average: str) -> Rule:
     """Every triplet of the batch: max(0, d_ap - d_an + margin), or log(1 + exp(d_ap - d_an)) where the margin is None.
 
     Args:
         average: active counts the triplets with a positive loss, valid counts all triplets.
-        most: images of one identity among the candidates, at most; None counts them.
     Source: Hermans, Beyer, Leibe 2017, equation 6; averaging over active triplets: its section 3.2 and "batch all != 0".
     """
-    columns, there = pool.positive_columns(most)
 
     def rule(block: Block) -> Part:
         slope = torch.zeros_like(block.distance)  # (rows, N)
         loss = slope.new_zeros((), dtype=torch.float64)
         count = torch.zeros((), dtype=torch.int64, device=slope.device)
-        for at in range(columns.shape[1]):
-            column = columns[block.rows, at, None]  # (rows, 1)
-            usable = ~block.same & there[block.rows, at, None]  # (rows, N)
+        for at in range(block.columns.shape[1]):
+            column = block.columns[:, at, None]  # (rows, 1)
+            usable = ~block.same & block.there[:, at, None]  # (rows, N)
             excess = block.distance.gather(1, column) - block.distance + (margin or 0)
             pull = excess.sigmoid() if margin is None else (excess > 0).to(excess.dtype)
             pull = pull.masked_fill(~usable, 0)
@@ -118,16 +119,17 @@ def contrastive(margin: float) -> Rule:
     return rule
 
 
-def dense_loss(pool: Pool, rule: Rule, squared: bool) -> tuple[Tensor, Tensor, Hardest]:
+def dense_loss(pool: Pool, rule: Rule, squared: bool, most: int | None = None) -> tuple[Tensor, Tensor, Hardest]:
     """Sum of a rule's loss over this rank's anchors, with gradient; its divisor; and each anchor's hardest triplet.
 
     Args:
         squared: the rule sees squared distances in [0, 4] instead of their root in [0, 2].
+        most: images of one identity among the candidates, at most; None counts them, which waits for the device.
     Returns:
         loss_sum: 0-d. divisor: 0-d, int64. hardest: without gradient.
     """
     learns = torch.is_grad_enabled() and (pool.anchors.requires_grad or pool.candidates.requires_grad)
-    found = _accumulated(pool.detach(), rule, squared, learns)
+    found = _accumulated(pool.detach(), pool.runs(most), rule, squared, learns)
     loss = _Known.apply(pool.anchors, pool.candidates, found.loss, found.by_anchors, found.by_candidates)
     return loss, found.divisor, found.hardest
 
@@ -141,29 +143,34 @@ class _Found(NamedTuple):
 
 
 @torch.no_grad()
-def _accumulated(pool: Pool, rule: Rule, squared: bool, learns: bool) -> _Found:
+def _accumulated(pool: Pool, runs: Runs, rule: Rule, squared: bool, learns: bool) -> _Found:
     anchors, candidates = pool.anchors, pool.candidates
     by_anchors, by_candidates = torch.zeros_like(anchors), torch.zeros_like(candidates)
     squares = candidates.square().sum(1)  # (N,)
-    hardest, losses, divisors = [], [], []
-    for rows in pool.rows():
-        mine, columns = anchors[rows], pool.self_columns[rows]
-        similarity = mine @ candidates.T  # (rows, N)
-        same = pool.same(rows)
-        hardest.append(hardest_of(similarity, same, columns))
-        distance = (mine.square().sum(1, keepdim=True) + squares - 2 * similarity).clamp_(min=0)
+    hardest, loss, divisor = Collected(len(anchors)), _zero(anchors, torch.float64), _zero(anchors, torch.int64)
+    for rows, similarity, spare in pool.blocks():
+        mine = anchors[rows]
+        columns, there = runs.columns(rows)
+        found, _ = hardest_of(similarity, columns, there, out=spare)
+        hardest.put(rows, *found)
+        same = torch.zeros_like(similarity, dtype=torch.bool).scatter_(1, columns, True)
+        distance = torch.add(squares, similarity, alpha=-2, out=spare)  # (rows, N)
+        distance.add_(mine.square().sum(1, keepdim=True)).clamp_(min=0)
         if not squared:
-            distance = distance.clamp_(min=_SMALLEST_SQUARED).sqrt_()
-        positive = same.scatter(1, columns[:, None], False)
-        part = rule(Block(rows, distance, same, positive, hardest[-1].valid))
-        losses.append(part.loss.double())
-        divisors.append(part.divisor)
+            distance.clamp_(min=_SMALLEST_SQUARED).sqrt_()
+        positive = same.scatter(1, pool.self_columns[rows, None], False)
+        part = rule(Block(distance, same, positive, columns, there, found.valid))
+        loss += part.loss
+        divisor += part.divisor
         if learns:
             slope = part.slope if squared else _by_square(part.slope, distance)  # (rows, N), by the squared distance
             by_anchors[rows] = 2 * (slope.sum(1, keepdim=True) * mine - slope @ candidates)
-            by_candidates += 2 * (slope.sum(0)[:, None] * candidates - slope.T @ mine)
-    loss = torch.stack(losses).sum().to(anchors.dtype)
-    return _Found(loss, torch.stack(divisors).sum(), joined(hardest), by_anchors, by_candidates)
+            by_candidates.add_(slope.sum(0)[:, None] * candidates - slope.T @ mine, alpha=2)
+    return _Found(loss.to(anchors.dtype), divisor, Hardest(*hardest), by_anchors, by_candidates)
+
+
+def _zero(like: Tensor, dtype: torch.dtype) -> Tensor:
+    return torch.zeros((), dtype=dtype, device=like.device)
 
 
 def _by_square(slope: Tensor, distance: Tensor) -> Tensor:

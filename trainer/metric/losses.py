@@ -67,12 +67,12 @@ class Objective:
         """
         if self.kind == "smooth":
             assert self.margin is not None
-            return Loss(*dense_loss(pool, smooth_hard(self.margin, self.sharpness), self.squared))
+            return Loss(*dense_loss(pool, smooth_hard(self.margin, self.sharpness), self.squared, most))
         if self.kind == "contrastive":
             assert self.margin is not None
-            return Loss(*dense_loss(pool, contrastive(self.margin), self.squared))
+            return Loss(*dense_loss(pool, contrastive(self.margin), self.squared, most))
         if self.mining == "batch_all":
-            return Loss(*dense_loss(pool, batch_all(pool, self.margin, self.average, most), self.squared))
+            return Loss(*dense_loss(pool, batch_all(self.margin, self.average), self.squared, most))
         triplets, hardest = self._mine(pool, most, draws)
         total, count = triplet_loss(triplets, pool, self.margin, self.squared, self.average)
         return Loss(total, count, hardest)
@@ -81,9 +81,8 @@ class Objective:
         if self.mining in DRAWN:
             assert draws is not None
             return (random_triplets if self.mining == "random" else distance_weighted)(pool, draws)
-        if self.mining == "semi_hard":
-            return semi_hard(pool, most)
-        return {"batch_hard": batch_hard, "hardest_semi_hard": hardest_semi_hard}[self.mining](pool)
+        miners = {"batch_hard": batch_hard, "semi_hard": semi_hard, "hardest_semi_hard": hardest_semi_hard}
+        return miners[self.mining](pool, most)
 
 
 def triplet_loss(

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from trainer.metric.distances import paired_distance
-from trainer.metric.pool import Hardest, Pool, hardest_of, joined
+from trainer.metric.pool import Collected, Hardest, Pool, hardest_of
 
 DISTANCE_CUTOFF, LOSS_CUTOFF = 0.5, 1.4
 """Distance-weighted sampling: nearer negatives are weighted as at the first, farther than the second none is drawn."""
@@ -22,7 +22,7 @@ class Triplets(NamedTuple):
     """Selected triplets; each of shape (t,). Those that are not valid mean nothing."""
 
     anchors: Tensor
-    """Rows of the pool's anchors."""
+    """Rows of the pool's anchors, as many triplets each, in order."""
     positives: Tensor
     """Columns of its candidates."""
     negatives: Tensor
@@ -31,29 +31,47 @@ class Triplets(NamedTuple):
 
     def distances(self, pool: Pool, squared: bool) -> tuple[Tensor, Tensor]:
         """d_ap and d_an with gradient, shape (t,) each."""
-        anchors = pool.anchors[self.anchors]  # (t, d)
+        anchors = pool.anchors  # (b, d)
+        if len(self.anchors) != len(anchors):
+            anchors = anchors.index_select(0, self.anchors)  # (t, d)
         return (
-            paired_distance(anchors, pool.candidates[self.positives], squared),
-            paired_distance(anchors, pool.candidates[self.negatives], squared),
+            paired_distance(anchors, pool.candidates.index_select(0, self.positives), squared),
+            paired_distance(anchors, pool.candidates.index_select(0, self.negatives), squared),
         )
+
+
+class _Block(NamedTuple):
+    """Some anchors compared with all candidates."""
+
+    rows: slice
+    similarity: Tensor
+    """Shape (rows, N)."""
+    negatives: Tensor
+    """The same, -inf where the candidate has the anchor's identity."""
+    columns: Tensor
+    """See `Runs.columns`, shape (rows, most)."""
+    there: Tensor
+    hardest: Hardest
 
 
 _Picked = tuple[Tensor, Tensor, Tensor]
 """Columns of positives and negatives and whether the triplet is valid, shape (rows, w) each: w triplets an anchor."""
-_Pick = Callable[[slice, Tensor, Tensor, Hardest], _Picked]
-"""(rows, their similarities to all candidates (rows, N), `Pool.same` of them, their hardest) -> what is picked."""
 
 
-def batch_hard(pool: Pool) -> tuple[Triplets, Hardest]:
+def batch_hard(pool: Pool, most: int | None = None) -> tuple[Triplets, Hardest]:
     """The farthest positive and the nearest negative of each anchor; of equally distant ones the first.
 
+    Args:
+        most: here and below, images of one identity among the candidates, at most; None counts them, which waits for the
+            device.
     Source: Hermans, Beyer, Leibe 2017, "In Defense of the Triplet Loss", equation 5.
     """
 
-    def pick(rows: slice, similarity: Tensor, same: Tensor, hardest: Hardest) -> _Picked:
+    def pick(block: _Block) -> _Picked:
+        hardest = block.hardest
         return hardest.positives[:, None], hardest.negatives[:, None], hardest.valid[:, None]
 
-    return _mined(pool, pick)
+    return _mined(pool, pick, most)
 
 
 def semi_hard(pool: Pool, most: int | None = None) -> tuple[Triplets, Hardest]:
@@ -61,25 +79,20 @@ def semi_hard(pool: Pool, most: int | None = None) -> tuple[Triplets, Hardest]:
 
     A pair without such a negative is not valid. Beyond the margin its loss is 0, so those within remain: semi-hard ones.
 
-    Args:
-        most: images of one identity among the candidates, at most; None counts them.
     Source: FaceNet (Schroff et al. 2015), section 3.2, equation 4.
     """
-    columns, there = pool.positive_columns(most)
 
-    def pick(rows: slice, similarity: Tensor, same: Tensor, hardest: Hardest) -> _Picked:
-        found = [
-            _nearest_beyond(similarity.gather(1, columns[rows, at, None]), similarity, same)
-            for at in range(columns.shape[1])
-        ]
-        nearest = torch.stack([similarity for similarity, _ in found], 1)  # (rows, w)
+    def pick(block: _Block) -> _Picked:
+        limits = block.similarity.gather(1, block.columns)  # (rows, most)
+        found = [_nearest_beyond(limits[:, at, None], block.negatives) for at in range(limits.shape[1])]
+        nearest = torch.stack([similarity for similarity, _ in found], 1)  # (rows, most)
         negatives = torch.stack([negative for _, negative in found], 1)
-        return columns[rows], negatives, there[rows] & (nearest > -torch.inf)
+        return block.columns, negatives, block.there & (nearest > -torch.inf)
 
-    return _mined(pool, pick)
+    return _mined(pool, pick, most)
 
 
-def hardest_semi_hard(pool: Pool) -> tuple[Triplets, Hardest]:
+def hardest_semi_hard(pool: Pool, most: int | None = None) -> tuple[Triplets, Hardest]:
     """The farthest positive of each anchor with the nearest negative beyond it; where none lies beyond, the nearest of all.
 
     Keeps the hard positives of `batch_hard` and takes its hardest negatives only where no semi-hard one exists, which are
@@ -88,12 +101,13 @@ def hardest_semi_hard(pool: Pool) -> tuple[Triplets, Hardest]:
     Source: Hermans et al. 2017, equation 5 (positives); FaceNet (Schroff et al. 2015), section 3.2 (negatives).
     """
 
-    def pick(rows: slice, similarity: Tensor, same: Tensor, hardest: Hardest) -> _Picked:
-        beyond, negatives = _nearest_beyond(hardest.positive_similarity[:, None], similarity, same)
+    def pick(block: _Block) -> _Picked:
+        hardest = block.hardest
+        beyond, negatives = _nearest_beyond(hardest.positive_similarity[:, None], block.negatives)
         negatives = torch.where(beyond > -torch.inf, negatives, hardest.negatives)
         return hardest.positives[:, None], negatives[:, None], hardest.valid[:, None]
 
-    return _mined(pool, pick)
+    return _mined(pool, pick, most)
 
 
 def distance_weighted(pool: Pool, draws: Tensor) -> tuple[Triplets, Hardest]:
@@ -107,53 +121,53 @@ def distance_weighted(pool: Pool, draws: Tensor) -> tuple[Triplets, Hardest]:
         draws: uniform numbers in [0, 1), one for each anchor and each of its identity's images, shape (b, most).
     Source: Wu, Manmatha, Smola, Krähenbühl 2017, "Sampling Matters in Deep Embedding Learning", equations 3 to 5 and 4.1.
     """
-    columns, there = pool.positive_columns(draws.shape[1])
     size = pool.anchors.shape[1]
 
-    def pick(rows: slice, similarity: Tensor, same: Tensor, hardest: Hardest) -> _Picked:
-        distance = (2 - 2 * similarity).clamp(min=DISTANCE_CUTOFF**2).sqrt()  # (rows, N)
+    def pick(block: _Block) -> _Picked:
+        negative = block.negatives > -torch.inf  # (rows, N)
+        distance = (2 - 2 * block.similarity).clamp(min=DISTANCE_CUTOFF**2).sqrt()  # (rows, N)
         shape = (1 - distance.square() / 4).clamp(min=1e-8).log()
         weight = (2 - size) * distance.log() - (size - 3) / 2 * shape
-        weight = weight.masked_fill(same | (distance >= LOSS_CUTOFF), -torch.inf)
+        weight = weight.masked_fill(~negative | (distance >= LOSS_CUTOFF), -torch.inf)
         near = (weight > -torch.inf).any(1, keepdim=True)
-        weight = torch.where(near, (weight - weight.amax(1, keepdim=True)).exp(), (~same).to(weight.dtype))
-        negatives = _drawn(weight, draws[rows])
-        return columns[rows], negatives, there[rows] & hardest.valid[:, None]
+        weight = torch.where(near, (weight - weight.amax(1, keepdim=True)).exp(), negative.to(weight.dtype))
+        return block.columns, _drawn(weight, draws[block.rows]), block.there & block.hardest.valid[:, None]
 
-    return _mined(pool, pick)
+    return _mined(pool, pick, draws.shape[1])
 
 
 def random_triplets(pool: Pool, draws: Tensor) -> tuple[Triplets, Hardest]:
     """One positive and one negative for each anchor, drawn evenly: the way that mining is compared with.
 
     Args:
-        draws: uniform numbers in [0, 1), shape (b, at least 2).
+        draws: uniform numbers in [0, 1), shape (b, most), with at least two columns.
     """
 
-    def pick(rows: slice, similarity: Tensor, same: Tensor, hardest: Hardest) -> _Picked:
-        positive = same.to(similarity.dtype).scatter(1, pool.self_columns[rows, None], 0)
-        positives = _drawn(positive, draws[rows, :1])
-        return positives, _drawn((~same).to(similarity.dtype), draws[rows, 1:2]), hardest.valid[:, None]
+    def pick(block: _Block) -> _Picked:
+        place = _drawn(block.there.double(), draws[block.rows, :1])
+        negatives = _drawn((block.negatives > -torch.inf).double(), draws[block.rows, 1:2])
+        return block.columns.gather(1, place), negatives, block.hardest.valid[:, None]
 
-    return _mined(pool, pick)
+    return _mined(pool, pick, draws.shape[1])
 
 
 @torch.no_grad()
-def _mined(pool: Pool, pick: _Pick) -> tuple[Triplets, Hardest]:
-    pool, picked, hardest = pool.detach(), [], []
-    for rows in pool.rows():
-        similarity = pool.anchors[rows] @ pool.candidates.T  # (rows, N)
-        same = pool.same(rows)  # (rows, N)
-        hardest.append(hardest_of(similarity, same, pool.self_columns[rows]))
-        picked.append(pick(rows, similarity, same, hardest[-1]))
-    positives, negatives, valid = (torch.cat(parts) for parts in zip(*picked, strict=True))  # (b, w)
+def _mined(pool: Pool, pick: Callable[[_Block], _Picked], most: int | None) -> tuple[Triplets, Hardest]:
+    pool, runs = pool.detach(), pool.runs(most)
+    picked, hardest = Collected(len(pool.anchors)), Collected(len(pool.anchors))
+    for rows, similarity, spare in pool.blocks():
+        columns, there = runs.columns(rows)
+        found, negatives = hardest_of(similarity, columns, there, out=spare)
+        hardest.put(rows, *found)
+        picked.put(rows, *pick(_Block(rows, similarity, negatives, columns, there, found)))
+    positives, chosen, valid = picked  # (b, w) each
     anchors = torch.arange(len(positives), device=positives.device)[:, None].expand_as(positives)
-    return Triplets(*(part.flatten() for part in (anchors, positives, negatives, valid))), joined(hardest)
+    return Triplets(*(part.flatten() for part in (anchors, positives, chosen, valid))), Hardest(*hardest)
 
 
-def _nearest_beyond(limit: Tensor, similarity: Tensor, same: Tensor) -> tuple[Tensor, Tensor]:
-    """Similarity and column of the nearest negative that is less similar than the limit, shape (rows, 1); -inf: none."""
-    return similarity.masked_fill(same | (similarity >= limit), -torch.inf).max(1)
+def _nearest_beyond(limit: Tensor, negatives: Tensor) -> tuple[Tensor, Tensor]:
+    """Similarity and column of the nearest negative that is less similar than the limit (rows, 1); -inf: none."""
+    return negatives.masked_fill(negatives >= limit, -torch.inf).max(1)
 
 
 def _drawn(weight: Tensor, draws: Tensor) -> Tensor:

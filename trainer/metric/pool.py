@@ -32,17 +32,21 @@ class Pool(NamedTuple):
     def detach(self) -> "Pool":
         return self._replace(anchors=self.anchors.detach(), candidates=self.candidates.detach())
 
-    def rows(self, at_once: int | None = None) -> Iterator[slice]:
-        """Ranges of anchors whose comparisons with all candidates are made together."""
-        step = max(1, (at_once or SIMILARITIES) // max(1, len(self.candidates)))
-        return (slice(begin, begin + step) for begin in range(0, len(self.anchors), step))
+    def blocks(self) -> Iterator[tuple[slice, Tensor, Tensor]]:
+        """Some anchors at a time: their rows, their similarities to all candidates (rows, N), and memory of that shape.
 
-    def same(self, rows: slice) -> Tensor:
-        """Whether candidates have the anchor's identity, the anchor itself included; bool, shape (rows, N)."""
-        return self.anchor_identities[rows, None] == self.candidate_identities[None]
+        Both are overwritten by the next.
+        """
+        count = len(self.candidates)
+        step = min(max(1, SIMILARITIES // max(1, count)), len(self.anchors))
+        similarity, spare = (self.candidates.new_empty(step, count) for _ in range(2))
+        for begin in range(0, len(self.anchors), max(1, step)):
+            mine = self.anchors[begin : begin + step]  # (rows, d)
+            torch.mm(mine, self.candidates.T, out=similarity[: len(mine)])
+            yield slice(begin, begin + len(mine)), similarity[: len(mine)], spare[: len(mine)]
 
-    def positive_columns(self, most: int | None = None) -> tuple[Tensor, Tensor]:
-        """Columns of each anchor's positives in ascending order, and which of them are there; shape (b, most) each.
+    def runs(self, most: int | None = None) -> "Runs":
+        """Where each anchor's identity is among the candidates.
 
         Args:
             most: images of one identity among the candidates, at most; None counts them, which waits for the device.
@@ -51,10 +55,33 @@ class Pool(NamedTuple):
         ordered = self.candidate_identities[order]
         begin = torch.searchsorted(ordered, self.anchor_identities)  # (b,)
         end = torch.searchsorted(ordered, self.anchor_identities, right=True)  # (b,)
-        width = int((end - begin).max()) if most is None and len(begin) else most or 0
-        places = begin[:, None] + torch.arange(width, device=order.device)  # (b, most)
-        columns = order[places.clamp(max=len(order) - 1)]
-        return columns, (places < end[:, None]) & (columns != self.self_columns[:, None])
+        if most is None:
+            most = int((end - begin).max()) if len(begin) else 0
+        return Runs(order, begin, end, self.self_columns, most)
+
+
+class Runs(NamedTuple):
+    """The candidates in the order of their identities, and the stretch of them that has each anchor's."""
+
+    order: Tensor
+    """Columns, shape (N,); ascending within an identity."""
+    begin: Tensor
+    """Shape (b,)."""
+    end: Tensor
+    self_columns: Tensor
+    most: int
+    """Longest stretch."""
+
+    def columns(self, rows: slice) -> tuple[Tensor, Tensor]:
+        """Columns of the candidates with the anchor's identity, ascending, and which of them are positives; (rows, most) each.
+
+        The anchor itself is among them, once in its place and wherever its identity has fewer images.
+        """
+        places = self.begin[rows, None] + torch.arange(self.most, device=self.order.device)
+        inside = places < self.end[rows, None]
+        own = self.self_columns[rows, None]
+        columns = torch.where(inside, self.order[places.clamp(max=len(self.order) - 1)], own)
+        return columns, columns != own
 
 
 class Hardest(NamedTuple):
@@ -76,18 +103,34 @@ class Hardest(NamedTuple):
         return (d_ap, d_an) if squared else (d_ap.sqrt(), d_an.sqrt())
 
 
-def hardest_of(similarity: Tensor, same: Tensor, self_columns: Tensor) -> Hardest:
+def hardest_of(similarity: Tensor, columns: Tensor, there: Tensor, out: Tensor) -> tuple[Hardest, Tensor]:
     """Of a block of anchors; of equally distant candidates the first, so that the choice does not depend on the ranks.
 
     Args:
-        similarity: to all candidates, shape (rows, N). same: as `Pool.same`. self_columns: shape (rows,).
+        similarity: to all candidates, shape (rows, N). columns, there: see `Runs.columns`. out: like similarity.
+    Returns:
+        The hardest, and in `out` the similarities with -inf in the place of everything of the anchor's identity.
     """
-    negative, negatives = similarity.masked_fill(same, -torch.inf).max(1)
-    farthest = similarity.masked_fill(~same, torch.inf)
-    farthest.scatter_(1, self_columns[:, None], torch.inf)
-    positive, positives = farthest.min(1)
-    return Hardest(positives, negatives, positive, negative, (positive < torch.inf) & (negative > -torch.inf))
+    positive, at = similarity.gather(1, columns).masked_fill(~there, torch.inf).min(1)
+    negatives = out.copy_(similarity).scatter_(1, columns, -torch.inf)
+    negative, nearest = negatives.max(1)
+    valid = (positive < torch.inf) & (negative > -torch.inf)
+    return Hardest(columns.gather(1, at[:, None])[:, 0], nearest, positive, negative, valid), negatives
 
 
-def joined(parts: list[Hardest]) -> Hardest:
-    return Hardest(*(torch.cat(columns) for columns in zip(*parts, strict=True)))
+class Collected:
+    """Puts the results of blocks of rows together, in memory that is taken once: small pieces that stay between large ones that
+    go leave holes, and the process grows by a matrix that nobody holds."""
+
+    def __init__(self, rows: int) -> None:
+        self._rows = rows
+        self._whole: list[Tensor] = []
+
+    def put(self, rows: slice, *values: Tensor) -> None:
+        if not self._whole:
+            self._whole = [value.new_empty((self._rows, *value.shape[1:])) for value in values]
+        for whole, value in zip(self._whole, values, strict=True):
+            whole[rows] = value
+
+    def __iter__(self) -> Iterator[Tensor]:
+        return iter(self._whole)

@@ -188,15 +188,16 @@ def test_identities_may_be_any_labels_and_embeddings_any_float_type():
         assert taken(found) == [(0, 1, 2), (1, 0, 2), (2, 3, 1), (3, 2, 1)]
 
 
-def test_positive_columns_with_and_without_their_number():
+def test_the_columns_of_an_identity_with_and_without_their_number():
     ids = torch.tensor([4, 2, 4, 4, 9])
     pool = Pool.of(points(5), ids)
     for most in (None, 3):
-        columns, there = pool.positive_columns(most)
+        columns, there = pool.runs(most).columns(slice(0, 5))
         found = [
             [c for c, t in zip(row, ok, strict=True) if t] for row, ok in zip(columns.tolist(), there, strict=True)
         ]
         assert found == [[2, 3], [], [0, 3], [0, 2], []]
+        assert columns.tolist() == [[0, 2, 3], [1, 1, 1], [0, 2, 3], [0, 2, 3], [4, 4, 4]]
 
 
 def test_distance_weighted_draws_with_the_papers_probabilities():
@@ -236,7 +237,7 @@ def test_random_triplets_draw_every_positive_and_negative_evenly():
         (0.7, 6, 5),
         (0.999999, 6, 5),
     ):
-        found, _ = random_triplets(pool, torch.full((1, 2), draw))
+        found, _ = random_triplets(pool, torch.full((1, 4), draw))
         assert taken(found) == [(0, positive, negative)], draw
 
 
