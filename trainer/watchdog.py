@@ -41,6 +41,15 @@ class Beat:
     """Whether it does that without waiting for other ranks."""
 
 
+@dataclass(frozen=True)
+class Verdict:
+    """Why the job ends; the first rank to know posts it for all."""
+
+    reason: str
+    speaker: int
+    """The rank that prints it."""
+
+
 class Watchdog:
     """Watches over the ranks from a thread; does nothing where there is one rank.
 
@@ -81,9 +90,12 @@ class Watchdog:
         patience = time.monotonic() + SILENT_S + 2 * BEAT_S
         while time.monotonic() < patience:
             try:
-                silent = self._silent(self._beats())
+                beats, verdict = self._read()
             except RuntimeError:
                 return f"was at {self._doing}; {_NO_BOARD}"
+            if verdict:
+                return f"was at {self._doing}; {verdict.reason}"
+            silent = self._silent(beats)
             if silent:
                 return f"was at {self._doing}; {_told(silent, self._seen)}"
             time.sleep(BEAT_S / 4)
@@ -96,15 +108,20 @@ class Watchdog:
         while not self._ended.wait(BEAT_S):
             try:
                 self._post()
-                beats = self._beats()
+                beats, verdict = self._read()
             except RuntimeError:
-                self._give_up(_NO_BOARD, speak=rank() == 1)
+                self._give_up(Verdict(_NO_BOARD, speaker=1))
+                return
+            if verdict:
+                self._give_up(verdict)
                 return
             silent = self._silent(beats)
             dead = {number: beat for number, beat in silent.items() if _is_gone(beat)}
             if dead or time.monotonic() - self._since > self._limit_s:
                 blamed = dead or silent or _slowest(beats)
-                self._give_up(_told(blamed, self._seen), speak=rank() == min(beats.keys() - silent.keys()), kill=silent)
+                verdict = Verdict(_told(blamed, self._seen), speaker=min(beats.keys() - silent.keys()))
+                self._leave_to_others(verdict)
+                self._give_up(verdict, kill=silent)
 
     def _post(self) -> None:
         assert self._board is not None
@@ -113,15 +130,27 @@ class Watchdog:
         beat = Beat(self._number, socket.gethostname(), os.getpid(), self._doing, seconds, self._alone)
         self._board.post(json.dumps(asdict(beat)))
 
-    def _beats(self) -> dict[int, Beat]:
+    def _leave_to_others(self, verdict: Verdict) -> None:
+        """Lets the other ranks end for the same reason, not because this rank is gone. Rank 0 may keep the board: it waits."""
+        assert self._board is not None
+        with contextlib.suppress(RuntimeError):
+            self._board.post(_ENDS + json.dumps(asdict(verdict)))
+        if rank() == 0:
+            time.sleep(2 * BEAT_S)
+
+    def _read(self) -> tuple[dict[int, Beat], Verdict | None]:
+        """The newest beat of each rank, and why the job ends if a rank has said so."""
         assert self._board is not None
         posted = {number: text for number, text in enumerate(self._board.read()) if text and text != _LEFT}
+        ends = [text.removeprefix(_ENDS) for text in posted.values() if text.startswith(_ENDS)]
+        if ends:
+            return {}, Verdict(**json.loads(ends[0]))
         beats = {number: Beat(**json.loads(text)) for number, text in posted.items()}
         now = time.monotonic()
         for number, beat in beats.items():
             if self._seen.get(number, (-1, 0.0))[0] != beat.number:
                 self._seen[number] = beat.number, now
-        return beats
+        return beats, None
 
     def _silent(self, beats: dict[int, Beat]) -> dict[int, Beat]:
         now = time.monotonic()
@@ -131,13 +160,13 @@ class Watchdog:
             if number != rank() and (now - self._seen[number][1] > SILENT_S or _is_gone(beat))
         }
 
-    def _give_up(self, reason: str, speak: bool, kill: dict[int, Beat] | None = None) -> None:
+    def _give_up(self, verdict: Verdict, kill: dict[int, Beat] | None = None) -> None:
         """Ends this process at once: its main thread may never return. Silent ranks of this machine are killed, for they would
         not hear the launcher either."""
         if self._ended.is_set():
             return
-        if speak:
-            line = f"facescale: rank {rank()} of {world_size()} was at {self._doing}; {reason}"
+        if rank() == verdict.speaker:
+            line = f"facescale: rank {rank()} of {world_size()} was at {self._doing}; {verdict.reason}"
             print(line, file=sys.stderr, flush=True)
         for beat in (kill or {}).values():
             if beat.host == socket.gethostname():
@@ -147,6 +176,7 @@ class Watchdog:
 
 
 _LEFT = "left"
+_ENDS = "ends: "
 _NO_BOARD = "rank 0, which keeps the heartbeats, does not answer any more"
 
 
