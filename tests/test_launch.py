@@ -1,9 +1,12 @@
 """The templates in launch/ are valid by the rules of what reads them."""
 
 import json
+import re
+import subprocess
 from pathlib import Path
 
 import pytest
+import yaml
 from accelerate.commands.config.config_args import load_config_from_file
 
 from trainer.config import load
@@ -20,14 +23,42 @@ def test_recipes_load(path):
 @pytest.mark.parametrize("path", sorted((LAUNCH / "accelerate").glob("*.yaml")), ids=lambda path: path.name)
 def test_accelerate_reads_its_configs(path):
     config = load_config_from_file(str(path))
-    assert config.num_machines == 1
-    assert config.num_processes >= 2
+    machines = 2 if path.stem == "ddp_nodes" else 1
+    assert config.num_machines == machines
+    assert config.num_processes == 1 if path.stem == "one_gpu" else config.num_processes >= 2
+    assert config.mixed_precision == "no" or config.distributed_type == "DEEPSPEED"
     if config.distributed_type == "DEEPSPEED":
         named = LAUNCH.parent / config.deepspeed_config["deepspeed_config_file"]
-        assert json.loads(named.read_text())["zero_optimization"]["stage"] == 1
+        stage = json.loads(named.read_text())["zero_optimization"]["stage"]
+        assert stage == (2 if "zero2" in path.stem else 1)
+
+
+def test_kubeflow_trainer_knows_every_field():
+    models = pytest.importorskip("kubeflow_trainer_api.models")
+    runtime, job = yaml.safe_load_all((LAUNCH / "kubernetes" / "trainjob.yaml").read_text())
+    assert (
+        models.TrainerV1alpha1TrainingRuntime.from_dict(runtime).to_dict() == runtime
+    )  # unknown fields would be dropped
+    assert models.TrainerV1alpha1TrainJob.from_dict(job).to_dict() == job
+    assert job["spec"]["runtimeRef"]["name"] == runtime["metadata"]["name"]
+
+
+def test_skypilot_takes_the_task():
+    sky = pytest.importorskip("sky", reason="SkyPilot brings a hundred packages; it is not among the development ones")
+    task = sky.Task.from_yaml(str(LAUNCH / "skypilot" / "train.yaml"))
+    assert task.num_nodes == 2
+
+
+def test_slurm_script():
+    path = LAUNCH / "slurm" / "train.sbatch"
+    subprocess.run(["bash", "-n", str(path)], check=True)
+    options = re.findall(r"^#SBATCH (--[a-z-]+)", path.read_text(), re.MULTILINE)
+    assert {"--requeue", "--signal", "--nodes", "--ntasks-per-node", "--gpus-per-node", "--open-mode"} <= set(options)
+    first_command = next(line for line in path.read_text().splitlines()[1:] if line and not line.startswith("#"))
+    assert path.read_text().rindex("#SBATCH") < path.read_text().index(first_command), "Slurm reads no later ones"
 
 
 def test_every_template_is_in_the_readme():
     text = (LAUNCH / "README.md").read_text()
-    for path in (*LAUNCH.glob("*/*.yaml"), *LAUNCH.glob("*/*.json")):
-        assert str(path.relative_to(LAUNCH)) in text, path
+    for path in LAUNCH.glob("*/*"):
+        assert f"`{path.relative_to(LAUNCH)}`" in text, path

@@ -25,7 +25,6 @@ STEPS = 24
 DEEPSPEED = {
     "ACCELERATE_USE_CPU": "false",
     "ACCELERATE_USE_DEEPSPEED": "true",
-    "ACCELERATE_DEEPSPEED_CONFIG_FILE": "launch/deepspeed/zero1.json",
 }
 
 
@@ -308,25 +307,27 @@ def test_ranks_that_differ_are_named_before_the_first_step(shards, tmp_path):
     assert not (tmp_path / "run").exists()
 
 
-def test_deepspeed_is_killed_and_goes_on_bit_identical(shards, tmp_path):
-    """ZeRO-1, killed 5 times; asked to stop once."""
+@pytest.mark.parametrize("stage", [1, 2])
+def test_deepspeed_is_killed_and_goes_on_bit_identical(shards, tmp_path, stage):
+    """ZeRO-1 and -2, killed 3 times, asked to stop once."""
+    zero = DEEPSPEED | {"ACCELERATE_DEEPSPEED_CONFIG_FILE": f"launch/deepspeed/zero{stage}.json"}
     small = {"run__steps": 12, "run__micro_batch": 24, "run__checkpoint_every": 2}
     whole, run = tmp_path / "whole", tmp_path / "run"
-    assert Job(tmp_path, 2, *options(shards, whole, **small), **DEEPSPEED).wait() == [0, 0]
-    draw = random.Random(1)
-    for kill in range(5):
-        job = Job(tmp_path, 2, *options(shards, run, **small), **DEEPSPEED)
-        job.until(lambda kill=kill: steps_logged(run) >= 2 * kill + 1)
+    assert Job(tmp_path, 2, *options(shards, whole, **small), **zero).wait() == [0, 0]
+    draw = random.Random(stage)
+    for kill in range(3):
+        job = Job(tmp_path, 2, *options(shards, run, **small), **zero)
+        job.until(lambda kill=kill: steps_logged(run) >= 3 * kill + 1)
         time.sleep(draw.random() * 0.5)
         job.kill()
     (tmp_path / "last").mkdir()
-    job = Job(tmp_path / "last", 2, *options(shards, run, **small), **DEEPSPEED)
+    job = Job(tmp_path / "last", 2, *options(shards, run, **small), **zero)
     job.until(lambda: "P x K" in job.said())
     job.signal(1, signal.SIGTERM)
     codes = job.wait(60)
     assert codes in ([EXIT_PREEMPTED] * 2, [0, 0]), job.said()
     if codes != [0, 0]:
-        assert Job(tmp_path, 2, *options(shards, run, **small), **DEEPSPEED).wait() == [0, 0]
+        assert Job(tmp_path, 2, *options(shards, run, **small), **zero).wait() == [0, 0]
     first, second = weights(run, 12), weights(whole, 12)
     assert all(torch.equal(first[name], second[name]) for name in first)
     assert [line["loss"] for line in log(run)] == [line["loss"] for line in log(whole)]
