@@ -10,7 +10,8 @@ from typing import Any
 from trainer.config import GuardConfig
 from trainer.metric.losses import Objective
 
-_LOWER = 0.1
+_LOWER, _LOWERINGS = 0.1, 2
+"""What the learning rate is multiplied by, and how often at most."""
 
 
 class CollapseGuard:
@@ -60,9 +61,9 @@ class CollapseGuard:
     def _act(self) -> str:
         action, state = self._config.action, self._state
         state["acted"] += 1
-        if action == "lower_rate":
+        if action == "lower_rate" and state["acted"] <= _LOWERINGS:
             state["rate"] *= _LOWER
             return f"the learning rate is multiplied by {state['rate']:g} from here on"
-        if action == "warn" or state["acted"] > 1:
-            return "lower optimizer.learning_rate, or take loss.kind smooth or soft_margin"
+        if action in ("warn", "lower_rate") or state["acted"] > 1:
+            return "begin again with model.head_batchnorm, loss.kind smooth, or a lower optimizer.learning_rate"
         return f"going on with {action}"

@@ -104,7 +104,8 @@ class LossConfig:
 class GuardConfig:
     action: Literal["warn", "lower_rate", "smooth", "soft_margin", "semi_hard", "hardest_semi_hard"] = "smooth"
     """What to do when the embeddings have collapsed to a point: say so alone, train at a tenth of the learning rate, or go on
-    with another loss or mining."""
+    with another loss or mining. smooth and semi_hard were seen to spread them again; soft_margin and lower_rate were not, once
+    the collapse was complete."""
     spread: float = 0.1
     """Root mean square distance of the embeddings from their mean (1: all over the sphere) below which they have collapsed."""
     patience: int = 3

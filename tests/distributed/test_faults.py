@@ -1,6 +1,7 @@
 """Ranks that are killed, stopped, asked to stop, or see what is not finite: real processes, real signals."""
 
 import json
+import os
 import random
 import shutil
 import signal
@@ -297,6 +298,54 @@ class _Older:
 
         inner = agreement.version
         agreement.version = lambda name: "1.0" if rank == 1 and name == "torch" else inner(name)
+
+
+def test_a_collapse_is_seen_and_mended(shards, tmp_path):
+    """Plain hard margin at a hot learning rate, without what keeps it from collapsing; beside it the same with the guard."""
+    hot = {
+        "loss__kind": "margin",
+        "optimizer__kind": "adamw",
+        "optimizer__learning_rate": 0.01,
+        "optimizer__warmup_steps": 1,
+    }
+    hot |= {"run__steps": 60, "run__micro_batch": 48, "run__log_every": 3, "run__checkpoint_every": 60}
+    jobs = {}
+    for core, action in enumerate(("warn", "smooth")):
+        (tmp_path / action).mkdir()
+        given = options(shards, tmp_path / action / "run", **hot, guard__action=action)
+        jobs[action] = Job(tmp_path / action, 1, *given, "--model.no-head-batchnorm", prepare=_Pinned(core))
+    for job in jobs.values():
+        assert job.wait(200) == [0], job.said()
+    warned, mended = (log(tmp_path / action / "run") for action in jobs)
+    events = {action: [line["event"] for line in log(tmp_path / action / "run", "events.jsonl")] for action in jobs}
+    assert "the embeddings have collapsed (spread 0.0" in events["warn"][0]
+    assert "going on with smooth" in events["smooth"][0]
+    at = int(events["smooth"][0].split(":")[0].removeprefix("step "))
+    before = [line for line in mended if line["step"] <= at]
+    assert before == [{**line, **_timing(there)} for line, there in zip(warned, before, strict=False)], (
+        "the same run until then"
+    )
+    assert before[-1]["embedding_spread"] < 0.1
+    assert before[-1]["loss_over_margin"] == pytest.approx(1, abs=0.2)
+    assert warned[-1]["embedding_spread"] < 0.02, "it does not mend itself"
+    assert mended[-1]["embedding_spread"] > 0.1
+    assert any("the embeddings spread again" in event for event in events["smooth"])
+
+
+class _Pinned:
+    """Leaves the other cores to the other job."""
+
+    def __init__(self, core: int) -> None:
+        self.core = core
+
+    def __call__(self, rank: int) -> None:
+        cores = sorted(os.sched_getaffinity(0))
+        os.sched_setaffinity(0, {cores[self.core % len(cores)]})
+
+
+def _timing(line: dict[str, float]) -> dict[str, float]:
+    """What a clock says, which no two runs share."""
+    return {name: value for name, value in line.items() if name in ("images_per_s", "data_wait_percent")}
 
 
 def test_ranks_that_differ_are_named_before_the_first_step(shards, tmp_path):
