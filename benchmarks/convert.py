@@ -9,7 +9,6 @@ the listing, the fsync. The pictures are in the page cache; every output is dele
 import argparse
 import json
 import os
-import platform
 import shutil
 import statistics
 import subprocess
@@ -17,8 +16,10 @@ import sys
 import tempfile
 import threading
 import time
-from importlib.metadata import version
 from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+from benchmarks.measure import machine
 
 SHARD_WRITER = """
 import pathlib, sys, webdataset
@@ -165,9 +166,7 @@ def main() -> int:
         size = draw(source, args.pictures, side=200)
         rates = measure_rates(source, scratch, args.pictures, args.rounds)
         result = {
-            "machine": {"cpu": _cpu(), "cores": len(os.sched_getaffinity(0)), "system": platform.platform()},
-            "versions": {name: version(name) for name in ("facescale", "numpy", "pillow", "webdataset")}
-            | {"python": platform.python_version()},
+            "machine": machine("numpy", "pillow", "webdataset"),
             "pictures": args.pictures,
             "mean_bytes": round(size / args.pictures),
             "rounds": args.rounds,
@@ -186,11 +185,6 @@ def main() -> int:
         args.out.parent.mkdir(parents=True, exist_ok=True)
         args.out.write_text(text + "\n")
     return 0
-
-
-def _cpu() -> str:
-    lines = Path("/proc/cpuinfo").read_text().splitlines()
-    return next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), platform.machine())
 
 
 if __name__ == "__main__":

@@ -14,11 +14,10 @@ import statistics
 import subprocess
 import sys
 import time
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
-if __package__ is None:
-    sys.path.insert(0, str(Path(__file__).parents[1]))
+sys.path.insert(0, str(Path(__file__).parents[1]))
+from benchmarks.measure import has, machine, memory, reset_peak
 
 CONTENDERS = ("facescale", "masked matrix", "pytorch-metric-learning", "product")
 SIZES = ((1024, 128), (4096, 128), (8192, 128), (16384, 128), (32768, 128), (1024, 512), (8192, 512), (32768, 512))
@@ -42,11 +41,11 @@ def measured(contender: str, count: int, size: int) -> dict[str, float]:
     times, peaks, loss = [], [], 0.0
     for _ in range(3 if count > 8192 else 5):
         embeddings.grad = None
-        before = _reset_peak()
+        before = reset_peak()
         started = time.perf_counter()
         loss = run()
         times.append(time.perf_counter() - started)
-        peaks.append(_memory("VmHWM") - before)
+        peaks.append(memory("VmHWM") - before)
     return {"seconds": statistics.median(times), "peak_mib": max(peaks), "loss": loss}
 
 
@@ -103,18 +102,6 @@ def _contender(name, embeddings, identities):
     return run
 
 
-def _memory(field: str) -> float:
-    """MiB of this process."""
-    lines = Path("/proc/self/status").read_text().splitlines()
-    return next(int(line.split()[1]) / 1024 for line in lines if line.startswith(field + ":"))
-
-
-def _reset_peak() -> float:
-    """Makes the peak the present size; returns that."""
-    Path("/proc/self/clear_refs").write_text("5")
-    return _memory("VmRSS")
-
-
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rounds", type=int, default=3)
@@ -131,13 +118,13 @@ def main() -> int:
             shift = number % len(CONTENDERS)
             for name in CONTENDERS[shift:] + CONTENDERS[:shift]:
                 fits = count <= LARGEST.get(name, count) and not (number >= 3 and count > 8192)
-                if fits and (name != "pytorch-metric-learning" or _has("pytorch-metric-learning")):
+                if fits and (name != "pytorch-metric-learning" or has("pytorch-metric-learning")):
                     command = [sys.executable, __file__, "--one", name, str(count), str(size)]
                     done = subprocess.run(command, check=True, capture_output=True, text=True)
                     taken[name].append(json.loads(done.stdout.splitlines()[-1]))
         row = found[f"{count} x {size}"] = {name: _summary(runs) for name, runs in taken.items() if runs}
         print(f"{count} x {size}: {json.dumps(row)}", flush=True)
-    result = {"threads": len(os.sched_getaffinity(0)), "rounds": args.rounds, "versions": _versions(), "sizes": found}
+    result = {"machine": machine("torch", "pytorch-metric-learning"), "rounds": args.rounds, "sizes": found}
     if args.out:
         args.out.parent.mkdir(parents=True, exist_ok=True)
         args.out.write_text(json.dumps(result, indent=1) + "\n")
@@ -153,19 +140,6 @@ def _summary(runs: list[dict[str, float]]) -> dict[str, float]:
         "peak_mib": round(statistics.median(run["peak_mib"] for run in runs), 1),
         "loss": round(runs[0]["loss"], 6),
     }
-
-
-def _has(package: str) -> bool:
-    try:
-        version(package)
-    except PackageNotFoundError:
-        return False
-    return True
-
-
-def _versions() -> dict[str, str]:
-    names = ("facescale", "torch", "pytorch-metric-learning")
-    return {name: version(name) if _has(name) else "not installed" for name in names}
 
 
 if __name__ == "__main__":

@@ -14,7 +14,13 @@ from datetime import timedelta
 import torch
 import torchvision
 from accelerate import Accelerator, InitProcessGroupKwargs
-from accelerate.utils import DistributedDataParallelKwargs, DistributedType, KwargsHandler, set_seed
+from accelerate.utils import (
+    DDPCommunicationHookType,
+    DistributedDataParallelKwargs,
+    DistributedType,
+    KwargsHandler,
+    set_seed,
+)
 from torch import nn
 from torch.optim import SGD, AdamW, Optimizer
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
@@ -261,9 +267,19 @@ def make_accelerator(config: RunConfig) -> Accelerator:
     """One for the launcher's ranks. Without a GPU the process group is gloo, also under DeepSpeed."""
     cpu = config.device == "cpu" or not torch.cuda.is_available()
     deepspeed = os.environ.get("ACCELERATE_USE_DEEPSPEED", "false").lower() == "true"
+    if deepspeed and config.gradient_compression != "none":
+        raise ValueError(
+            f"run.gradient_compression is {config.gradient_compression}; under DeepSpeed it must be none, and its JSON file's "
+            "communication_data_type says how gradients travel"
+        )
     # evaluation takes rank 0's buffers and training uses none; the graph changes where the batch goes in parts
     ddp = DistributedDataParallelKwargs(
-        gradient_as_bucket_view=True, broadcast_buffers=False, static_graph=config.micro_batch is None
+        gradient_as_bucket_view=True,
+        broadcast_buffers=False,
+        static_graph=config.micro_batch is None,
+        comm_hook=DDPCommunicationHookType.BF16
+        if config.gradient_compression == "bf16"
+        else DDPCommunicationHookType.NO,
     )
     handlers: list[KwargsHandler] = [ddp]
     if "LOCAL_RANK" in os.environ:  # started by hand, accelerate makes no group and stumbles over a named backend

@@ -348,6 +348,26 @@ def _timing(line: dict[str, float]) -> dict[str, float]:
     return {name: value for name, value in line.items() if name in ("images_per_s", "data_wait_percent")}
 
 
+def test_gradients_may_travel_as_bf16(shards, undisturbed, tmp_path):
+    job = Job(tmp_path, 2, *options(shards, tmp_path / "run", run__gradient_compression="bf16"))
+    assert job.wait() == [0, 0], job.said()
+    ours, theirs = ([line["loss"] for line in log(folder)] for folder in (tmp_path / "run", undisturbed))
+    assert ours[0] == theirs[0], "before the first update"
+    assert ours != theirs, "rounding must show"
+    assert ours[:3] == pytest.approx(theirs[:3], rel=0.01)
+    assert ours == pytest.approx(theirs, rel=0.1)
+
+
+def test_deepspeed_has_its_own_setting_for_how_gradients_travel(shards, tmp_path):
+    zero = DEEPSPEED | {"ACCELERATE_DEEPSPEED_CONFIG_FILE": "launch/deepspeed/zero1.json"}
+    job = Job(tmp_path, 2, *options(shards, tmp_path / "run", run__gradient_compression="bf16"), **zero)
+    assert job.wait() == [1, 1]
+    assert job.lines() == [
+        "run.gradient_compression is bf16; under DeepSpeed it must be none, and its JSON file's communication_data_type "
+        "says how gradients travel"
+    ]
+
+
 def test_ranks_that_differ_are_named_before_the_first_step(shards, tmp_path):
     job = Job(tmp_path, 3, *options(shards, tmp_path / "run"), prepare=_Older())
     assert job.wait() == [1, 1, 1], job.said()
