@@ -225,6 +225,8 @@ def _prepare(config: TrainConfig, accelerator: Accelerator, batch_size: int) -> 
         settings["train_micro_batch_size_per_gpu"] = batch_size
         if settings.get("gradient_clipping", "auto") == "auto":  # accelerate would silently clip to norm 1, unlike DDP
             settings["gradient_clipping"] = 0.0
+    if config.run.compile:
+        module.compile()
     with warnings.catch_warnings():  # accelerate has no word yet for what broadcast_buffers is called in this torch
         warnings.filterwarnings("ignore", "`broadcast_buffers` is deprecated", FutureWarning)
         model, optimizer = accelerator.prepare(module, make_optimizer(module, config.optimizer))

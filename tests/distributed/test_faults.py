@@ -358,6 +358,32 @@ def test_gradients_may_travel_as_bf16(shards, undisturbed, tmp_path):
     assert ours == pytest.approx(theirs, rel=0.1)
 
 
+def test_a_compiled_network_trains_alike(shards, undisturbed, tmp_path):
+    job = Job(tmp_path, 2, *options(shards, tmp_path / "run"), "--run.compile", prepare=_Stops(2))
+    assert job.wait(250) == [EXIT_PREEMPTED] * 2, job.said()
+    ours, theirs = ([line["loss"] for line in log(folder)] for folder in (tmp_path / "run", undisturbed))
+    assert ours == pytest.approx(theirs[:2], rel=1e-3), "before and after an update; later, rounding grows"
+    assert ours[1] != pytest.approx(ours[0], rel=0.01)
+
+
+class _Stops:
+    """Asks to stop, and says whether the network was compiled, at a step."""
+
+    def __init__(self, step: int) -> None:
+        self.step = step
+
+    def __call__(self, rank: int) -> None:
+        from trainer.train_step import TrainStep
+
+        inner = TrainStep.__call__
+
+        def asked(self_, batch, step=1, asked_to_stop=False):
+            assert self_._engine.model.module._compiled_call_impl is not None
+            return inner(self_, batch, step, asked_to_stop or step == self.step)
+
+        TrainStep.__call__ = asked
+
+
 def test_deepspeed_has_its_own_setting_for_how_gradients_travel(shards, tmp_path):
     zero = DEEPSPEED | {"ACCELERATE_DEEPSPEED_CONFIG_FILE": "launch/deepspeed/zero1.json"}
     job = Job(tmp_path, 2, *options(shards, tmp_path / "run", run__gradient_compression="bf16"), **zero)
