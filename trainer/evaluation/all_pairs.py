@@ -20,7 +20,7 @@ from torch import Tensor
 from data_shards.counter_random import uniform
 from trainer.collectives import all_reduce_sum, gather_rows, rank, world_size
 from trainer.evaluation.index import TOLERANCE
-from trainer.metric.verification import FEWEST_FALSE_ACCEPTS, OperatingPoint, wilson_interval
+from trainer.metric.verification import OperatingPoint, allowed_at, wilson_interval
 
 DRAWN = 1 << 20
 """Impostor pairs drawn to bracket the thresholds."""
@@ -108,26 +108,28 @@ def operating_points_of_all_pairs(
     genuine, impostors = samples.genuine_pairs, samples.impostor_pairs
     if not genuine or not impostors:
         raise ValueError(f"{genuine} genuine and {impostors} impostor pairs; at least one of each is needed")
+    allowed: dict[float, int] = {}
+    refused: dict[float, Refused] = {}
     for far in fars:
-        if not 0 < far < 1:
-            raise ValueError(f"FAR is {far}; it must lie between 0 and 1, both excluded")
-    allowed = {far: floor(impostors * far + 1e-9) for far in fars if impostors * far >= FEWEST_FALSE_ACCEPTS - 1e-9}
+        try:
+            allowed[far] = allowed_at(impostors, far)
+        except ValueError as reason:
+            if not 0 < far < 1:
+                raise
+            refused[far] = Refused(far, str(reason))
     found = _thresholds(samples, sorted(set(allowed.values())), seed) if allowed else {}
-    accepts = _accepted(samples, [found[count].threshold for count in allowed.values()])
-    points: list[OperatingPoint | Refused] = []
-    taken = dict(zip(allowed, accepts, strict=True))
-    for far in fars:
-        if far not in allowed:
-            expected = f"{impostors:,} impostor pairs at FAR {far:g} are {impostors * far:.3g} false accepts"
-            points.append(
-                Refused(far, f"{expected}; at least {FEWEST_FALSE_ACCEPTS} are needed for a rate worth reading")
-            )
-            continue
+    accepts = dict(
+        zip(allowed, _accepted(samples, [found[count].threshold for count in allowed.values()]), strict=True)
+    )
+
+    def point(far: float) -> OperatingPoint:
         threshold, exceeding = found[allowed[far]]
-        low, high = wilson_interval(taken[far], genuine)
-        attained = exceeding / impostors
-        points.append(OperatingPoint(far, attained, taken[far] / genuine, low, high, threshold, genuine, impostors))
-    return points
+        low, high = wilson_interval(accepts[far], genuine)
+        return OperatingPoint(
+            far, exceeding / impostors, accepts[far] / genuine, low, high, threshold, genuine, impostors
+        )
+
+    return [refused[far] if far in refused else point(far) for far in fars]
 
 
 class Threshold(NamedTuple):

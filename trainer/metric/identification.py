@@ -4,9 +4,13 @@ Terms as in ISO/IEC 19795-1: a *gallery* is enrolled, a *probe* is searched for,
 enrolled. "Rank-k" counts identities, not images: an identity stands where its best gallery image stands.
 """
 
+from dataclasses import dataclass
+
 import torch
 from torch import Tensor
 from torch.nn.functional import normalize
+
+from trainer.metric.verification import threshold_at, wilson_interval
 
 _BLOCK = 1 << 24
 """Comparisons held at once while voting."""
@@ -104,6 +108,99 @@ def majority_vote(neighbours: Tensor, k: int) -> Tensor:
         votes = (block[:, :, None] == block[:, None, :]).sum(dim=2)  # (rows, k)
         winners.append(block.gather(1, (votes * (k + 1) + nearness).argmax(dim=1, keepdim=True)).squeeze(1))
     return torch.cat(winners) if winners else voters[:, 0]
+
+
+def distance_vote(neighbours: Tensor, similarities: Tensor, k: int) -> Tensor:
+    """The identity whose images among the k nearest have the largest sum of 1 / distance; a tie goes to the nearer one.
+
+    Where neighbours lie at distance 0, only they vote.
+
+    Args:
+        neighbours: identities, nearest first, shape (n, at least k).
+        similarities: cosines to them, in the same order, shape (n, at least k).
+        k: how many of them vote.
+    Returns:
+        identities, shape (n,).
+    Source: Dudani 1976, "The Distance-Weighted k-Nearest-Neighbor Rule", in the form of scikit-learn's weights="distance".
+    """
+    voters = neighbours[:, :k]
+    distance = (2 - 2 * similarities[:, :k].double()).clamp(min=0).sqrt()  # (n, k)
+    at_zero = distance == 0
+    weights = torch.where(at_zero.any(1, keepdim=True), at_zero.double(), 1 / distance.masked_fill(at_zero, 1))
+    winners = []
+    for rows, weight in zip(*(part.split(max(1, _BLOCK // (k * k))) for part in (voters, weights)), strict=True):
+        votes = ((rows[:, :, None] == rows[:, None, :]) * weight[:, None, :]).sum(dim=2)  # (rows, k)
+        winners.append(rows.gather(1, votes.argmax(dim=1, keepdim=True)).squeeze(1))  # of equal ones the first
+    return torch.cat(winners) if winners else voters[:, 0]
+
+
+@dataclass(frozen=True)
+class OpenSetPoint:
+    """TPIR at an FPIR of at most `target`."""
+
+    target: float
+    fpir: float
+    """Attained, at most `target`."""
+    tpir: float
+    low: float
+    high: float
+    """95 % Wilson interval of `tpir`."""
+    threshold: float
+    """Similarity that the best gallery image must exceed."""
+
+
+def tpir_at_fpir(mated: Tensor, right: Tensor, nonmated: Tensor, fpir: float) -> OpenSetPoint:
+    """Open-set identification: probes whose identity is not enrolled must raise no alarm.
+
+    A probe raises an alarm when its best gallery similarity exceeds the threshold. FPIR is the share of non-mated probes that
+    do; TPIR that of mated probes that do and whose best gallery image is of their identity. The threshold is the lowest whose
+    FPIR is at most the target.
+
+    Args:
+        mated: best gallery similarity of each probe that is enrolled, shape (n,).
+        right: whether that image is of the probe's identity, bool, shape (n,).
+        nonmated: best gallery similarity of each probe that is not enrolled, shape (m,).
+        fpir: target in (0, 1); m * fpir must be at least 10.
+    Raises:
+        ValueError: `fpir` is not in (0, 1), there is no mated probe, or too few non-mated ones for it.
+    Source: ISO/IEC 19795-1; NIST FRVT part 2; IJB-C 1:N (Maze et al. 2018), with rank 1.
+    """
+    if not len(mated):
+        raise ValueError("there is no mated probe; at least one is needed")
+    threshold, attained = threshold_at(nonmated, fpir, "non-mated probes", "FPIR")
+    found = int(((mated > threshold) & right).sum())
+    return OpenSetPoint(fpir, attained, found / len(mated), *wilson_interval(found, len(mated)), threshold)
+
+
+def cumulative_match_band(
+    ranks: Tensor, identities: Tensor, longest: int, draws: int = 1000, seed: int = 0, coverage: float = 0.95
+) -> tuple[Tensor, Tensor]:
+    """Confidence band of the CMC by the bootstrap over identities: probes of one identity are not independent.
+
+    Args:
+        ranks: as `mated_ranks` gives them, shape (n,); 0 counts as a miss at every rank.
+        identities: of the probes, shape (n,).
+        longest: the last rank.
+        draws: of as many identities as there are, with replacement.
+    Returns:
+        lower and upper ends at each rank (pointwise percentiles), shape (longest,) each, float64.
+    Source: Bolle, Ratha, Pankanti 2004, "Error analysis of pattern recognition systems - the subsets bootstrap".
+    """
+    _, inverse = identities.unique(return_inverse=True)
+    count = int(inverse.max()) + 1
+    place = torch.where(ranks == 0, longest + 1, ranks.clamp(max=longest + 1)) - 1  # (n,)
+    hits = torch.zeros(count * (longest + 1), dtype=torch.float64)
+    hits.index_add_(0, inverse * (longest + 1) + place, torch.ones(len(ranks), dtype=torch.float64))
+    matched = hits.view(count, -1).cumsum(1)  # (identities, longest + 1); the last column counts the probes
+    generator = torch.Generator().manual_seed(seed)
+    curves = []
+    for _ in range(draws):
+        drawn = torch.bincount(torch.randint(count, (count,), generator=generator), minlength=count).double()
+        sums = drawn @ matched
+        curves.append(sums[:longest] / sums[longest])
+    ends = torch.tensor([(1 - coverage) / 2, (1 + coverage) / 2], dtype=torch.float64)
+    low, high = torch.stack(curves).quantile(ends, dim=0)
+    return low, high
 
 
 def centroids(embeddings: Tensor, identities: Tensor, images: int) -> tuple[Tensor, Tensor]:

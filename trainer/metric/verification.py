@@ -106,19 +106,36 @@ def tar_at_far(genuine: Tensor, impostor: Tensor, far: float) -> OperatingPoint:
         accepted pair must exceed; if the 10th ties with it, both are rejected and the FAR attained is 0.09 or less.
     """
     _check_pairs(genuine, impostor)
-    if not 0 < far < 1:
-        raise ValueError(f"FAR is {far}; it must lie between 0 and 1, both excluded")
-    expected = len(impostor) * far
-    if expected < FEWEST_FALSE_ACCEPTS - 1e-9:
-        pairs = f"{len(impostor):,} impostor pairs at FAR {far:g} are {expected:.3g}"
-        raise ValueError(f"{pairs} false accepts; at least {FEWEST_FALSE_ACCEPTS} are needed for a rate worth reading")
-    rejected = len(impostor) - floor(expected + 1e-9)  # how many, from the lowest, must not pass
-    threshold = impostor.kthvalue(rejected).values
+    threshold, attained = threshold_at(impostor, far)
     accepts = int((genuine > threshold).sum())
     low, high = wilson_interval(accepts, len(genuine))
-    attained = int((impostor > threshold).sum()) / len(impostor)
-    tar = accepts / len(genuine)
-    return OperatingPoint(far, attained, tar, low, high, float(threshold), len(genuine), len(impostor))
+    return OperatingPoint(far, attained, accepts / len(genuine), low, high, threshold, len(genuine), len(impostor))
+
+
+def threshold_at(impostor: Tensor, far: float, what: str = "impostor pairs", rate: str = "FAR") -> tuple[float, float]:
+    """The lowest similarity that at most a share `far` of the impostors exceed, and the share that does.
+
+    Raises:
+        ValueError: see `tar_at_far`.
+    """
+    allowed = allowed_at(len(impostor), far, what, rate)
+    threshold = impostor.kthvalue(len(impostor) - allowed).values
+    return float(threshold), int((impostor > threshold).sum()) / len(impostor)
+
+
+def allowed_at(impostors: int, far: float, what: str = "impostor pairs", rate: str = "FAR") -> int:
+    """How many of so many impostors may exceed the threshold.
+
+    Raises:
+        ValueError: `far` is outside (0, 1), or there are too few impostors for it.
+    """
+    if not 0 < far < 1:
+        raise ValueError(f"{rate} is {far}; it must lie between 0 and 1, both excluded")
+    expected = impostors * far
+    if expected < FEWEST_FALSE_ACCEPTS - 1e-9:
+        pairs = f"{impostors:,} {what} at {rate} {far:g} are {expected:.3g}"
+        raise ValueError(f"{pairs} false accepts; at least {FEWEST_FALSE_ACCEPTS} are needed for a rate worth reading")
+    return floor(expected + 1e-9)
 
 
 def wilson_interval(successes: int, trials: int, z: float = 1.959964) -> tuple[float, float]:

@@ -1,14 +1,18 @@
 import pytest
 import torch
+from sklearn.neighbors import KNeighborsClassifier
 from torch.nn.functional import normalize
 
 from trainer.metric.identification import (
     centroids,
     cumulative_match,
+    cumulative_match_band,
+    distance_vote,
     majority_vote,
     mated_ranks,
     occurrence,
     split_gallery,
+    tpir_at_fpir,
     without_self,
 )
 
@@ -75,3 +79,59 @@ def test_centroid_is_the_unit_mean_of_the_first_images():
     assert identities.tolist() == [2, 8]
     root = 0.5**0.5
     assert torch.allclose(means, torch.tensor([[root, root], [root, root]]))  # the fourth image is left out
+
+
+def test_distance_vote_by_hand():
+    """Distances 0.2, 0.5, 0.5 of 7, 8, 8: weights 5 against 4; of the nearest three of another probe two at distance 0."""
+    cosine = [1 - d * d / 2 for d in (0.2, 0.5, 0.5)]
+    neighbours = torch.tensor([[7, 8, 8], [9, 8, 7]])
+    similarities = torch.tensor([cosine, [1.0, 1.0, 0.99]], dtype=torch.float64)
+    assert distance_vote(neighbours, similarities, 3).tolist() == [7, 9]
+    assert distance_vote(neighbours[:, [1, 2, 0]], similarities[:, [0, 1, 2]], 3).tolist()[0] == 8
+
+
+def test_distance_vote_is_scikit_learns():
+    generator = torch.Generator().manual_seed(3)
+    gallery = normalize(torch.randn(200, 8, generator=generator, dtype=torch.float64))
+    probes = normalize(torch.randn(100, 8, generator=generator, dtype=torch.float64))
+    labels = torch.randint(5, (200,), generator=generator)
+    expected = KNeighborsClassifier(9, weights="distance", algorithm="brute").fit(gallery, labels).predict(probes)
+    similarities, order = (probes @ gallery.T).topk(9)
+    assert distance_vote(labels[order], similarities, 9).tolist() == expected.tolist()
+    assert (majority_vote(labels[order], 9) != torch.from_numpy(expected)).any(), "weights must matter here"
+
+
+def test_tpir_by_hand():
+    """Of 20 strangers 10 may raise an alarm at FPIR 0.5: the threshold is the 11th highest, 0.09."""
+    strangers = torch.arange(20) / 100
+    mated, right = torch.tensor([0.05, 0.095, 0.5, 0.9]), torch.tensor([True, True, False, True])
+    point = tpir_at_fpir(mated, right, strangers, 0.5)
+    assert point.threshold == pytest.approx(0.09)
+    assert point.fpir == 0.5
+    assert point.tpir == 0.5, "0.095 and 0.9; 0.5 finds somebody else"
+    with pytest.raises(ValueError, match=r"20 non-mated probes at FPIR 0\.1 are 2 false accepts; at least 10 are needed"):
+        tpir_at_fpir(mated, right, strangers, 0.1)
+    with pytest.raises(ValueError, match="no mated probe"):
+        tpir_at_fpir(mated[:0], right[:0], strangers, 0.5)
+
+
+def test_band_of_the_cmc_holds_it_and_narrows():
+    generator = torch.Generator().manual_seed(0)
+
+    def band(identities: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        of = torch.arange(identities).repeat_interleave(5)
+        ranks = torch.randint(0, 8, (identities,), generator=generator).repeat_interleave(5)
+        return cumulative_match(ranks, 10), *cumulative_match_band(ranks, of, 10, draws=400)
+
+    curve, low, high = band(20)
+    assert ((low <= curve) & (curve <= high)).all()
+    assert (low[1:] >= low[:-1]).all()
+    _, lower, higher = band(500)
+    assert (higher - lower)[2] < (high - low)[2] / 3
+
+
+def test_band_covers_identities_not_images():
+    """All probes of an identity agree, so 1,000 probes of 10 identities tell as much as 10: their share is binomial / 10."""
+    ranks = torch.tensor([1, 0] * 5).repeat_interleave(100)
+    low, high = cumulative_match_band(ranks, torch.arange(10).repeat_interleave(100), 1, draws=4000)
+    assert (float(low), float(high)) == (0.2, 0.8), "the 2.5th and 97.5th percentiles of Binomial(10, 1/2) are 2 and 8"
