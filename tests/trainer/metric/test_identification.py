@@ -109,7 +109,9 @@ def test_tpir_by_hand():
     assert point.threshold == pytest.approx(0.09)
     assert point.fpir == 0.5
     assert point.tpir == 0.5, "0.095 and 0.9; 0.5 finds somebody else"
-    with pytest.raises(ValueError, match=r"20 non-mated probes at FPIR 0\.1 are 2 false accepts; at least 10 are needed"):
+    with pytest.raises(
+        ValueError, match=r"20 non-mated probes at FPIR 0\.1 are 2 false accepts; at least 10 are needed"
+    ):
         tpir_at_fpir(mated, right, strangers, 0.1)
     with pytest.raises(ValueError, match="no mated probe"):
         tpir_at_fpir(mated[:0], right[:0], strangers, 0.5)
