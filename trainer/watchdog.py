@@ -90,12 +90,11 @@ class Watchdog:
         patience = time.monotonic() + SILENT_S + 2 * BEAT_S
         while time.monotonic() < patience:
             try:
-                beats, verdict = self._read()
+                _, silent, verdict = self._look()
             except RuntimeError:
                 return f"was at {self._doing}; {_NO_BOARD}"
             if verdict:
                 return f"was at {self._doing}; {verdict.reason}"
-            silent = self._silent(beats)
             if silent:
                 return f"was at {self._doing}; {_told(silent, self._seen)}"
             time.sleep(BEAT_S / 4)
@@ -108,14 +107,13 @@ class Watchdog:
         while not self._ended.wait(BEAT_S):
             try:
                 self._post()
-                beats, verdict = self._read()
+                beats, silent, verdict = self._look()
             except RuntimeError:
                 self._give_up(Verdict(_NO_BOARD, speaker=1))
                 return
             if verdict:
                 self._give_up(verdict)
                 return
-            silent = self._silent(beats)
             dead = {number: beat for number, beat in silent.items() if _is_gone(beat)}
             if dead or time.monotonic() - self._since > self._limit_s:
                 blamed = dead or silent or _slowest(beats)
@@ -137,6 +135,17 @@ class Watchdog:
             self._board.post(_ENDS + json.dumps(asdict(verdict)))
         if rank() == 0:
             time.sleep(2 * BEAT_S)
+
+    def _look(self) -> tuple[dict[int, Beat], dict[int, Beat], Verdict | None]:
+        """Beats of all ranks, those of silent ones, and why the job ends if a rank has said so.
+
+        A rank that ends the job posts its reason and is gone at once: who is found gone is asked for a reason once more.
+        """
+        beats, verdict = self._read()
+        silent = self._silent(beats)
+        if silent and not verdict:
+            _, verdict = self._read()
+        return beats, silent, verdict
 
     def _read(self) -> tuple[dict[int, Beat], Verdict | None]:
         """The newest beat of each rank, and why the job ends if a rank has said so."""
