@@ -1,6 +1,7 @@
 """The only import of torch.distributed. With one process every function here is the identity.
 
-NCCL is used where accelerate set it up (CUDA), gloo elsewhere; nothing here asks which.
+NCCL is used where accelerate set it up (CUDA), gloo elsewhere. Not yet run, for want of GPUs: `join` with `cuda`, and the trip of CPU
+tensors by way of the GPU in `_carrier`.
 """
 
 import os
@@ -22,6 +23,22 @@ def rank() -> int:
     return dist.get_rank() if dist.is_initialized() else 0
 
 
+def join(cuda: bool) -> None:
+    """Enters the group of the ranks that a launcher started, unless that is done or there is one process alone.
+
+    Args:
+        cuda: whether ranks compute on GPUs; NCCL then carries what lies there.
+    Raises:
+        ValueError: the launcher's environment variables do not fit together, or ranks do not come.
+    """
+    if dist.is_initialized() or int(os.environ.get("WORLD_SIZE", "1")) == 1:
+        return
+    try:
+        dist.init_process_group("cpu:gloo,cuda:nccl" if cuda else "gloo")
+    except (RuntimeError, ValueError) as error:
+        raise ValueError(f"the ranks of this job do not come together: {str(error).splitlines()[0]}") from None
+
+
 def barrier() -> None:
     """Waits for all ranks."""
     if world_size() > 1:
@@ -38,9 +55,10 @@ def gather(values: Tensor) -> Tensor:
     """Values of all ranks in rank order, without gradient: (b, …) -> (W*b, …). Every rank brings the same shape."""
     if world_size() == 1:
         return values
-    gathered = values.new_empty((world_size() * len(values), *values.shape[1:]))
-    dist.all_gather_single(gathered, values.contiguous())
-    return gathered
+    sent = values.contiguous().to(_carrier(values.device))
+    gathered = sent.new_empty((world_size() * len(sent), *sent.shape[1:]))
+    dist.all_gather_single(gathered, sent)
+    return gathered.to(values.device)
 
 
 def gather_with_grad(values: Tensor) -> Tensor:
@@ -122,9 +140,14 @@ def all_reduce_sum(value: Tensor) -> Tensor:
     """Sum over all ranks; no gradient, the argument is left as it is."""
     if world_size() == 1:
         return value
-    total = value.detach().clone()
+    total = value.detach().to(_carrier(value.device), copy=True)
     dist.all_reduce(total)
-    return total
+    return total.to(value.device)
+
+
+def _carrier(device: torch.device) -> torch.device:
+    """Where values of a device lie while they travel: a group of NCCL alone, as accelerate makes it, takes no CPU tensors."""
+    return torch.device("cuda") if device.type == "cpu" and dist.get_backend() == "nccl" else device
 
 
 def backends() -> list[str]:
