@@ -160,6 +160,12 @@ class Split:
             raise ValueError(f"shard {shard} has no tar header before byte {row['offset']:,}: run `facescale verify`")
         return split_name(name)[0]
 
+    @property
+    def fingerprint(self) -> str:
+        """SHA-256 of its rows of the index, which have the checksum of every picture."""
+        found: str = self._entry["index_sha256"]
+        return found
+
     def check_sizes(self) -> None:
         """Compares every tar's size with the manifest, so that nothing too short is ever mapped.
 

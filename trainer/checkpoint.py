@@ -8,6 +8,7 @@ RUN/checkpoints/step-00000500/
     deepspeed/           the engine's own files (DeepSpeed), one optimiser part a rank
     state.json           step, world size, fingerprint of the training pictures, collapse guard, SHA-256 of every other file
 RUN/checkpoints/latest   name of the newest
+RUN/checkpoints/best     name of the one that was best on held-out identities, where training chooses one (`run.best_metric`)
 
 Everything else that a step depends on follows from the settings and the step's number: the position in the plan, augmentation,
 the learning rate, random numbers.
@@ -37,8 +38,8 @@ CHECKPOINTS = "checkpoints"
 
 _MODEL, _EMA, _MEMORY = "model.safetensors", "ema.safetensors", "memory.safetensors"
 _OPTIMIZER, _ENGINE, _STATE = "optimizer.pt", "deepspeed", "state.json"
-LATEST = "latest"
-"""Name of the file in it that names the newest."""
+LATEST, BEST = "latest", "best"
+"""Names of the files in it that name the newest and the best."""
 
 
 @dataclass(kw_only=True)
@@ -73,6 +74,13 @@ class Checkpoint:
         """Raises ValueError unless the checkpoint was trained on the training pictures with this fingerprint."""
         if self._state().get("shards") != fingerprint:
             raise ValueError(f"checkpoint {self.folder} was trained on other pictures than data.shards now holds")
+
+    @property
+    def weights_sha256(self) -> str:
+        """Of the weights that `load_model` takes by default."""
+        digests = self._state()["sha256"]
+        found: str = digests.get(_EMA) or digests[_MODEL]
+        return found
 
     def load_model(self, model: nn.Module, averaged: bool = True) -> None:
         """Puts the weights into an unwrapped model: where there is a moving average of them and `averaged`, that.
@@ -142,18 +150,20 @@ class Writer:
         self._thread: threading.Thread | None = None
         self._error: BaseException | None = None
 
-    def save(self, step: int, wait: bool = False) -> None:
+    def save(self, step: int, wait: bool = False, best: bool = False) -> None:
         """Every rank calls it; the checkpoint is there when `wait` returns.
 
+        Args:
+            best: it is the best so far, and stays until there is a better one.
         Raises:
             OSError: this checkpoint or, without `wait`, the one before could not be written.
         """
         self.wait()
         if self._trained.engine is not None:
-            self._save_engine(step)
+            self._save_engine(step, best)
         elif rank() == 0:
             tensors, optimizer = self._copies()
-            arguments = (step, tensors, optimizer, self._state(step))
+            arguments = (step, tensors, optimizer, self._state(step), best)
             self._thread = threading.Thread(target=self._try_write, args=arguments, name="checkpoint")
             self._thread.start()
         if wait:
@@ -193,7 +203,7 @@ class Writer:
         except BaseException as error:  # raised where training asks next
             self._error = error
 
-    def _save_engine(self, step: int) -> None:
+    def _save_engine(self, step: int, best: bool) -> None:
         aside = self._aside(step)
         if rank() == 0:
             shutil.rmtree(aside, ignore_errors=True)
@@ -203,11 +213,13 @@ class Writer:
         barrier()
         if rank() == 0:
             tensors, _ = self._copies()
-            self._write(step, tensors, None, self._state(step))
+            self._write(step, tensors, None, self._state(step), best)
         barrier()
 
-    def _write(self, step: int, tensors: dict[str, dict[str, Tensor]], optimizer: Any, state: dict[str, Any]) -> None:
-        aside, final = self._aside(step), self._folder / f"step-{step:08d}"
+    def _write(
+        self, step: int, tensors: dict[str, dict[str, Tensor]], optimizer: Any, state: dict[str, Any], best: bool
+    ) -> None:
+        aside, final = self._aside(step), self._folder / _name(step)
         if optimizer is not None:
             shutil.rmtree(aside, ignore_errors=True)
             aside.mkdir(parents=True)
@@ -223,13 +235,16 @@ class Writer:
             shutil.rmtree(final)
         aside.rename(final)
         _write_atomically(self._folder / LATEST, final.name)
+        if best:
+            _write_atomically(self._folder / BEST, final.name)
         for old in _folders(self._folder, newest=final.name)[self._keep :]:
-            shutil.rmtree(old)
+            if old.name != _named(self._folder / BEST):
+                shutil.rmtree(old)
         for interrupted in self._folder.glob(".step-*.partial"):
             shutil.rmtree(interrupted)
 
     def _aside(self, step: int) -> Path:
-        return self._folder / f".step-{step:08d}.partial"
+        return self._folder / f".{_name(step)}.partial"
 
 
 def latest(folder: Path) -> Checkpoint:
@@ -255,6 +270,36 @@ def latest(folder: Path) -> Checkpoint:
             print(f"facescale: {damages[0]}; taking step {checkpoint.step} instead", file=sys.stderr)
         return checkpoint
     raise ValueError(f"{damages[0]}; there is no older one that is whole")
+
+
+def chosen(folder: Path, which: str) -> Checkpoint:
+    """A checkpoint of RUN/checkpoints: "latest", "best", or the one of a step, such as "500".
+
+    Raises:
+        ValueError: there is no such checkpoint, or it is damaged; of damaged newest ones the one before is taken.
+    """
+    if which == LATEST:
+        return latest(folder)
+    if which == BEST:
+        name = _named(folder / BEST)
+        if not name:
+            raise ValueError(f"{folder} has no best checkpoint: train with run.best_metric and run.evaluate_every")
+    elif which.isdigit():
+        name = _name(int(which))
+    else:
+        raise ValueError(f"checkpoint is {which!r}; allowed are {LATEST}, {BEST} and the number of a step")
+    if not (folder / name).is_dir():
+        there = ", ".join(path.name for path in reversed(_folders(folder, "step-9"))) or "none"
+        raise ValueError(f"{folder} has no checkpoint {name}; there are {there}")
+    return _checked(folder / name)
+
+
+def _named(pointer: Path) -> str:
+    return pointer.read_text().strip() if pointer.is_file() else ""
+
+
+def _name(step: int) -> str:
+    return f"step-{step:08d}"
 
 
 def _folders(folder: Path, newest: str) -> list[Path]:
