@@ -9,6 +9,7 @@ import pytest
 ROOT = Path(__file__).resolve().parents[1]
 
 LEVELS = {
+    "best": 0,
     "config": 0,
     "precision": 0,
     "preemption": 0,

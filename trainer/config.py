@@ -166,6 +166,10 @@ class RunConfig:
     """Steps between two evaluations on held-out identities; 0 evaluates never."""
     evaluate_images: int = 5000
     """Images of held-out identities that an evaluation in training takes, at most."""
+    best_metric: Literal["none", "rank1", "rank5", "knn", "verification_accuracy", "triplet_loss"] = "none"
+    """Keep the checkpoint whose evaluation in training was best in this (triplet_loss: lowest), whatever else goes."""
+    patience: int = 0
+    """Evaluations in a row without a better `run.best_metric` after which training ends; 0: it goes on to its last step."""
     checkpoint_every: int = 500
     """Steps between two checkpoints; the last step always writes one."""
     keep_checkpoints: int = 2
@@ -202,8 +206,17 @@ class RunConfig:
             raise ValueError(f"run.micro_batch is {self.micro_batch}; it must be at least 1, or None")
         if not 5 <= self.stall_s < math.inf:
             raise ValueError(f"run.stall_s is {self.stall_s}; allowed is 5 seconds and more")
-        if self.evaluate_every < 0:
-            raise ValueError(f"run.evaluate_every is {self.evaluate_every}; it must be at least 0")
+        for name in ("evaluate_every", "patience"):
+            if getattr(self, name) < 0:
+                raise ValueError(f"run.{name} is {getattr(self, name)}; it must be at least 0")
+        if self.best_metric != "none" and not self.evaluate_every:
+            raise ValueError(
+                f"run.best_metric is {self.best_metric}, but run.evaluate_every is 0; evaluate every so many steps"
+            )
+        if self.patience and self.best_metric == "none":
+            raise ValueError(
+                f"run.patience is {self.patience}, but run.best_metric is none; choose what is to get better"
+            )
 
 
 @dataclass(kw_only=True, frozen=True)

@@ -31,6 +31,7 @@ from data_shards.plan import Plan, per_rank
 from data_shards.progress import progress
 from trainer import checkpoint, telemetry
 from trainer.agreement import check_ranks_agree, comparable
+from trainer.best import Best
 from trainer.checkpoint import Trained
 from trainer.collapse import CollapseGuard
 from trainer.collectives import barrier, rank, shutdown, world_size
@@ -65,10 +66,10 @@ def train(config: TrainConfig, accelerator: Accelerator, watchdog: Watchdog, ask
     trained, engine = _prepare(config, accelerator, batch_size)
     start = 0
     if resumes(config):
-        found = checkpoint.latest(config.run.folder / checkpoint.CHECKPOINTS)
-        found.check_shards(shards.fingerprint)
-        found.load_training(trained)
-        start = found.step
+        newest = checkpoint.latest(config.run.folder / checkpoint.CHECKPOINTS)
+        newest.check_shards(shards.fingerprint)
+        newest.load_training(trained)
+        start = newest.step
     check_ranks_agree({**comparable(config), "start": start, "plan": plan.summary(), "shards": shards.fingerprint})
     make_folder(config, start)
     if config.run.tensorboard:
@@ -98,10 +99,15 @@ def train(config: TrainConfig, accelerator: Accelerator, watchdog: Watchdog, ask
     train_step.objective = guard.objective(train_step.objective)
     judged = trained.ema.module if trained.ema is not None else trained.model
     flags = Flags(device)
+    best = Best(config.run.best_metric, config.run.patience)
+    best.see_log(config.run.folder / telemetry.EVALUATIONS, start)
 
     with progress("train", steps, "steps", enabled=rank() == 0) as advance:
         advance(start)
         for step in range(start + 1, steps + 1):
+            if best.exhausted:
+                report.event(best.farewell(), everywhere=False)
+                break
             rate = set_learning_rate(trained.optimizer, config.optimizer, step, steps, guard.rate)
             with report.waiting(), watchdog.at(f"the data of step {step}", alone=True):
                 batch = next(loader)
@@ -121,12 +127,15 @@ def train(config: TrainConfig, accelerator: Accelerator, watchdog: Watchdog, ask
                     report.event(said, everywhere=False)
             for key in loader.new_undecodable():
                 report.event(f"step {step}: {key} did not decode and was replaced: run `facescale verify`")
+            better = False
             if held_out is not None and judges and not stopping:
                 with report.paused(), watchdog.at(f"the evaluation at step {step}"):
-                    report.evaluation(step, evaluate_in_training(judged, held_out, config, device))
-            if saves or stopping:
+                    found = evaluate_in_training(judged, held_out, config, device)
+                    report.evaluation(step, found)
+                    better = best.see(step, found)
+            if saves or stopping or better or best.exhausted:
                 with report.paused(), watchdog.at(f"the checkpoint of step {step}"):
-                    writer.save(step, wait=last or stopping)
+                    writer.save(step, wait=last or stopping or best.exhausted, best=better)
             advance(1)
             if stopping and not last:
                 raise Preempted(step)

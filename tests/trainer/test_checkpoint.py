@@ -404,3 +404,39 @@ def test_deepspeed_needs_as_many_ranks_as_wrote_it(tmp_path):
     path.write_text(json.dumps(json.loads(path.read_text()) | {"world_size": 4}))
     said = refusal(load, found, small(), None, Engine())
     assert said == f"checkpoint {found.folder} was written by 4 DeepSpeed ranks; this run has 1"
+
+
+class TestChosen:
+    @pytest.fixture
+    def folder(self, tmp_path):
+        model, optimizer = with_optimizer()
+        writer = Writer(tmp_path, Trained(model=model, optimizer=optimizer), keep=3)
+        for step in (5, 10, 15):
+            writer.save(step, wait=True, best=step == 10)
+        return tmp_path
+
+    @pytest.mark.parametrize(("which", "step"), [("latest", 15), ("best", 10), ("5", 5)])
+    def test_it_is_found(self, folder, which, step):
+        assert checkpoint.chosen(folder, which).step == step
+
+    @pytest.mark.parametrize(
+        ("which", "said"),
+        [
+            ("7", "{} has no checkpoint step-00000007; there are step-00000005, step-00000010, step-00000015"),
+            ("newest", "checkpoint is 'newest'; allowed are latest, best and the number of a step"),
+        ],
+    )
+    def test_what_is_not_there_is_refused(self, folder, which, said):
+        with pytest.raises(ValueError, match=r".*") as refused:
+            checkpoint.chosen(folder, which)
+        assert str(refused.value) == said.format(folder)
+
+    def test_no_best_one(self, folder):
+        (folder / "best").unlink()
+        with pytest.raises(ValueError, match=r"has no best checkpoint: train with run.best_metric"):
+            checkpoint.chosen(folder, "best")
+
+    def test_a_damaged_best_one_is_refused(self, folder):
+        (folder / "step-00000010" / "model.safetensors").write_bytes(b"")
+        with pytest.raises(ValueError, match=r"model.safetensors is missing or damaged"):
+            checkpoint.chosen(folder, "best")

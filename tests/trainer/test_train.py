@@ -12,6 +12,7 @@ from data_shards.convert import ConvertConfig, convert
 from data_shards.loader import Batch
 from tests.data_shards.collections_on_disk import every_file
 from tests.trainer.metric import oracle
+from trainer import checkpoint
 from trainer.config import (
     LossConfig,
     ModelConfig,
@@ -377,3 +378,41 @@ class TestMain:
         monkeypatch.setenv("FACESCALE_TRACEBACK", "1")
         with pytest.raises(ValueError, match=r"run\.steps is 0"):
             main(["--run.steps", "0"])
+
+
+STUCK = ["--optimizer.learning-rate", "1e-30", "--optimizer.weight-decay", "0", "--run.steps", "50"]
+"""Nothing gets better, so the first evaluation stays the best."""
+
+
+@pytest.mark.usefixtures("fresh_accelerate")
+def test_training_ends_early_keeps_the_best_and_does_not_begin_again(capsys, tmp_path, shards):
+    run = tmp_path / "run"
+    options = [*TINY, *STUCK, "--data.shards", str(shards), "--run.folder", str(run), "--run.evaluate-every", "2"]
+    # the weights stay, but the statistics of batch norm do not: every evaluation is told to be equal
+    options += ["--run.best-metric", "rank5", "--run.patience", "3", "--run.keep-checkpoints", "1"]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("trainer.train.evaluate_in_training", lambda *_: {"rank5": 0.5})
+        assert main(options) == 0
+        said = capsys.readouterr().err
+        assert (
+            "facescale: 3 evaluations in a row without a better rank5 (best: 0.5000 at step 2): training ends" in said
+        )
+        checkpoints = run / "checkpoints"
+        assert {path.name for path in checkpoints.glob("step-*")} == {"step-00000002", "step-00000008"}
+        assert checkpoint.chosen(checkpoints, "best").step == 2
+        assert checkpoint.chosen(checkpoints, "latest").step == 8
+        before = every_file(checkpoints)
+        assert main([*options, "--run.resume"]) == 0
+        assert every_file(checkpoints) == before
+
+
+@pytest.mark.usefixtures("fresh_accelerate")
+def test_the_best_checkpoint_is_replaced_by_a_better_one(tmp_path, shards):
+    run, values = tmp_path / "run", iter([0.1, 0.4, 0.2, 0.3])
+    options = [*TINY, "--run.steps", "8", "--data.shards", str(shards), "--run.folder", str(run)]
+    options += ["--run.evaluate-every", "2", "--run.best-metric", "rank1", "--run.keep-checkpoints", "1"]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("trainer.train.evaluate_in_training", lambda *_: {"rank1": next(values)})
+        assert main(options) == 0
+    assert {path.name for path in (run / "checkpoints").glob("step-*")} == {"step-00000004", "step-00000008"}
+    assert checkpoint.chosen(run / "checkpoints", "best").step == 4
