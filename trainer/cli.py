@@ -9,6 +9,7 @@ from functools import partial
 from pathlib import Path
 from typing import NoReturn
 
+from trainer.cli_report import add_report
 from trainer.cli_shards import add_shard, add_shards, add_verify
 
 _DESCRIPTION = "Train face-embedding networks from WebDataset shards: pictures -> shards -> network -> report."
@@ -53,7 +54,7 @@ def _parser() -> argparse.ArgumentParser:
         _add_train,
         _add_embed,
         _add_evaluate,
-        _add_report,
+        lambda added: add_report(partial(_command, added)),
         _add_doctor,
     ):
         add(commands)
@@ -159,21 +160,6 @@ def _evaluate(args: argparse.Namespace) -> int:
     )
     rows = evaluate(args.run, shards=args.shards, protocol=protocol, device=_device(args.device))
     print(f"{main_table(rows)}\n\n{rank1_line(rows)}")
-    return 0
-
-
-def _add_report(commands: argparse._SubParsersAction) -> None:
-    text = "Write RUN/report: results as JSON and Markdown, curves, t-SNE, ROC and CMC as PNG."
-    parser = _command(commands, "report", text, _report)
-    parser.add_argument("run", type=Path, metavar="RUN", help="run folder that `facescale evaluate` has judged")
-
-
-def _report(args: argparse.Namespace) -> int:
-    from trainer.evaluation.report import write_report
-
-    folder = write_report(args.run)
-    print((folder / "results.md").read_text().split("\n## ")[0])
-    print(f"Report: {folder / 'results.md'}; pictures: {', '.join(sorted(path.name for path in folder.glob('*.png')))}")
     return 0
 
 
