@@ -1,16 +1,20 @@
-"""Design idea 4: the distributed loss and every parameter's gradient equal those of one process with the whole batch."""
+"""Design idea 4: the distributed loss and every parameter's gradient equal plain loops over the whole batch."""
 
 import dataclasses
 
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import allreduce_hook
 from torch.nn.functional import normalize
 from torch.nn.parallel import DistributedDataParallel
 
+from data_shards.counter_random import uniform
 from data_shards.loader import Batch
 from data_shards.plan import PlanConfig
 from tests.distributed.processes import in_processes
+from tests.trainer.metric import oracle
+from trainer import train_step
 from trainer.collectives import all_reduce_sum, rank, world_size
 from trainer.config import LossConfig, ModelConfig, RunConfig, TrainConfig
 from trainer.engine import PlainEngine
@@ -94,20 +98,23 @@ def _step(images: Tensor, identities: Tensor, config: TrainConfig) -> tuple[Tens
     return total, int(stats.active), gradients, int(stats.valid)
 
 
+MEMORIES = {"memory": 50, "memory of batch-hard": 20}
 LOSSES = {
     "real network": LossConfig(kind="smooth", margin=0.3),
     "smooth root": LossConfig(kind="smooth", margin=0.1, sharpness=10, distance="root"),
     "smooth squared": LossConfig(kind="smooth", margin=0.1, sharpness=5, distance="squared"),
     "contrastive": LossConfig(kind="contrastive", margin=1.0),
+    "contrastive squared": LossConfig(kind="contrastive", margin=1.5, distance="squared"),
     "batch-all, all averaged": LossConfig(kind="margin", mining="batch_all", average="valid"),
-    "memory": LossConfig(kind="smooth", margin=0.1, memory=50, memory_start=2),
-    "memory of batch-hard": LossConfig(kind="margin", memory=20, memory_start=0),
+    "batch-hard, all averaged": LossConfig(kind="margin", average="valid"),
+    "memory": LossConfig(kind="smooth", margin=0.1, memory=MEMORIES["memory"], memory_start=2),
+    "memory of batch-hard": LossConfig(kind="margin", memory=MEMORIES["memory of batch-hard"], memory_start=0),
 }
 for _mining in ("batch_hard", "batch_all", "semi_hard", "hardest_semi_hard", "distance_weighted", "random"):
-    LOSSES |= {
-        f"{_mining} margin root": LossConfig(kind="margin", mining=_mining, margin=0.2),
-        f"{_mining} soft margin squared": LossConfig(kind="soft_margin", mining=_mining, distance="squared"),
-    }
+    for _kind in ("margin", "soft_margin"):
+        for _distance in ("root", "squared"):
+            _loss = LossConfig(kind=_kind, mining=_mining, margin=0.2, distance=_distance)
+            LOSSES[f"{_mining} {_kind} {_distance}"] = _loss
 
 
 def _case(name: str, world: int) -> tuple[Tensor, Tensor, TrainConfig]:
@@ -135,6 +142,36 @@ def _all_cases(world: int) -> dict[str, tuple]:
     return {name: _step(*_case(name, world)) for name in CASES}
 
 
+def _by_loops(embeddings: Tensor, ids: list[int], loss: LossConfig) -> tuple[Tensor, int]:
+    """Sum and divisor of the first P x K embeddings; those behind them are remembered ones."""
+    count, margin = min(P * K, len(ids)), loss.effective_margin
+    if loss.kind == "smooth":
+        return oracle.smooth(embeddings, ids, loss.margin, loss.sharpness, loss.squared, anchors=count)
+    if loss.kind == "contrastive":
+        return oracle.contrastive(embeddings, ids, loss.margin, loss.squared)
+    numbers = None
+    if loss.mining in ("distance_weighted", "random"):
+        drawn = uniform(RunConfig().seed, train_step._MINING, 1, torch.arange(count)[:, None].numpy(), range(K))
+        numbers = torch.from_numpy(drawn)
+    average = loss.average if margin is not None else "valid"
+    return oracle.loss_of(embeddings, ids, loss.mining, margin, loss.squared, average, numbers=numbers, anchors=count)
+
+
+def _expected(images: Tensor, identities: Tensor, config: TrainConfig) -> tuple[Tensor, list[Tensor]]:
+    """Loss and gradients of all parameters by plain loops over the whole batch."""
+    module = network(real=config.loss == LOSSES["real network"])
+    if not config.loss.memory:
+        embeddings = module(images)
+    else:  # the second step's pictures are rolled, and it remembers the newest of the first's
+        newest = slice(max(0, len(images) - config.loss.memory), None)
+        embeddings = torch.cat([module(images.roll(1, 3)), module(images).detach()[newest]])
+        identities = torch.cat([identities, identities[newest]])
+    total, divisor = _by_loops(embeddings, identities.tolist(), config.loss)
+    loss = total / max(divisor, 1)
+    loss.backward()
+    return loss.detach(), [parameter.grad for parameter in module.parameters()]
+
+
 @pytest.fixture(scope="module", params=[1, 2, 3, 4])
 def steps(request) -> tuple[int, dict[str, tuple], list[dict[str, tuple]]]:
     """World size, the single process's results by case, and those of every rank."""
@@ -142,25 +179,27 @@ def steps(request) -> tuple[int, dict[str, tuple], list[dict[str, tuple]]]:
 
 
 @pytest.mark.parametrize("name", CASES)
-def test_loss_and_gradients_equal_the_single_process(steps, name):
+def test_loss_and_gradients_equal_plain_loops_over_the_whole_batch(steps, name):
     world, single, ranks = steps
-    loss, active, gradients, _ = single[name]
+    loss, gradients = _expected(*_case(name, world))
+    active = single[name][1]
     if world > 1 or name in LOSSES:
         assert active > 0
         assert max(float(gradient.abs().max()) for gradient in gradients) > 1e-6
-    for rank_loss, _, rank_gradients, _ in (found[name] for found in ranks):
-        torch.testing.assert_close(rank_loss, loss, rtol=1e-10, atol=0, equal_nan=True)
-        for ours, expected in zip(rank_gradients, gradients, strict=True):
+    for found_loss, _, found, _ in (single[name], *(found[name] for found in ranks)):
+        torch.testing.assert_close(found_loss.nan_to_num(0.0), loss, rtol=1e-10, atol=0)  # 0 / 0 where none counts
+        for ours, expected in zip(found, gradients, strict=True):
             assert (ours - expected).norm() <= 1e-10 * expected.norm()
     assert sum(found[name][1] for found in ranks) == active
 
 
 def test_micro_batches_change_nothing(steps):
-    _, single, _ = steps
-    whole, parts = single["smooth root"], single["micro-batches"]
-    torch.testing.assert_close(parts[0], whole[0], rtol=1e-12, atol=0)
-    for ours, expected in zip(parts[2], whole[2], strict=True):
-        assert (ours - expected).norm() <= 1e-10 * expected.norm()
+    _, _, ranks = steps
+    for found in ranks:
+        whole, parts = found["smooth root"], found["micro-batches"]
+        torch.testing.assert_close(parts[0], whole[0], rtol=1e-12, atol=0)
+        for ours, expected in zip(parts[2], whole[2], strict=True):
+            assert (ours - expected).norm() <= 1e-10 * expected.norm()
 
 
 def test_the_inactive_rank_is_inactive_and_another_is_not(steps):
@@ -218,14 +257,39 @@ def _in_parts_with_one_graph(part: int) -> tuple[list[Tensor], dict[str, Tensor]
     return gradients, {name: value.clone() for name, value in module.named_buffers()}
 
 
+@pytest.mark.parametrize("ranks", [1, 2])
 @pytest.mark.parametrize("part", [5, 8])
-def test_micro_batches_replay_dropout_and_update_statistics_once(part):
-    gradients, buffers = _with_dropout(part)
-    wanted, wanted_buffers = _in_parts_with_one_graph(part)
-    for ours, expected in zip(gradients, wanted, strict=True):
-        assert (ours - expected).norm() <= 1e-10 * expected.norm()
-    assert buffers.keys() == wanted_buffers.keys()
-    assert all(torch.allclose(buffers[name].double(), wanted_buffers[name].double(), rtol=1e-12) for name in buffers)
+def test_micro_batches_replay_dropout_and_update_statistics_once(part, ranks):
+    ours, wanted = in_processes(ranks, _with_dropout, part), in_processes(ranks, _in_parts_with_one_graph, part)
+    for (gradients, buffers), (wanted_gradients, wanted_buffers) in zip(ours, wanted, strict=True):
+        for found, expected in zip(gradients, wanted_gradients, strict=True):
+            assert (found - expected).norm() <= 1e-10 * expected.norm()
+        assert buffers.keys() == wanted_buffers.keys()
+        for name, found in buffers.items():
+            torch.testing.assert_close(found, wanted_buffers[name], rtol=1e-12, atol=0)
+
+
+def _travels(micro_batch: int | None) -> int:
+    """How often gradients went to the other ranks in a step."""
+    model, times = DistributedDataParallel(network(), broadcast_buffers=False), [0]
+
+    def counted(state, bucket):
+        times[0] += 1
+        return allreduce_hook(state, bucket)
+
+    model.register_comm_hook(None, counted)
+    step = TrainStep(
+        PlainEngine(model, _Capture(model.parameters(), lr=1.0)),
+        config_of(LossConfig(kind="smooth"), micro_batch=micro_batch),
+    )
+    mine = slice(12 * rank(), 12 * rank() + 12)
+    step(Batch(_images()[mine], _identities()[mine], torch.arange(24)[mine]))
+    return times[0]
+
+
+def test_gradients_travel_once_however_many_micro_batches():
+    """All parameters fit one bucket; without no_sync it would be 4 times."""
+    assert in_processes(2, _travels, 3) == in_processes(2, _travels, None) == [1, 1]
 
 
 def test_another_size_of_parts_has_other_batch_norm_statistics():

@@ -148,13 +148,14 @@ def _accumulated(pool: Pool, runs: Runs, rule: Rule, squared: bool, learns: bool
     by_anchors, by_candidates = torch.zeros_like(anchors), torch.zeros_like(candidates)
     squares = candidates.square().sum(1)  # (N,)
     hardest, loss, divisor = Collected(len(anchors)), _zero(anchors, torch.float64), _zero(anchors, torch.int64)
-    for rows, similarity, spare in pool.blocks():
+    for rows, similarity in pool.blocks():
         mine = anchors[rows]
         columns, there = runs.columns(rows)
-        found, _ = hardest_of(similarity, columns, there, out=spare)
+        found, of_identity = hardest_of(similarity, columns, there)
         hardest.put(rows, *found)
+        similarity.scatter_(1, columns, of_identity)
         same = torch.zeros_like(similarity, dtype=torch.bool).scatter_(1, columns, True)
-        distance = torch.add(squares, similarity, alpha=-2, out=spare)  # (rows, N)
+        distance = torch.add(squares, similarity, alpha=-2, out=similarity)  # (rows, N)
         distance.add_(mine.square().sum(1, keepdim=True)).clamp_(min=0)
         if not squared:
             distance.clamp_(min=_SMALLEST_SQUARED).sqrt_()

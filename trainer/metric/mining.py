@@ -10,9 +10,10 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
+from torch.nn.functional import embedding
 
 from trainer.metric.distances import paired_distance
-from trainer.metric.pool import Collected, Hardest, Pool, hardest_of
+from trainer.metric.pool import Collected, Hardest, Pool, hardest_of, largest
 
 DISTANCE_CUTOFF, LOSS_CUTOFF = 0.5, 1.4
 """Distance-weighted sampling: nearer negatives are weighted as at the first, farther than the second none is drawn."""
@@ -30,13 +31,13 @@ class Triplets(NamedTuple):
     """bool."""
 
     def distances(self, pool: Pool, squared: bool) -> tuple[Tensor, Tensor]:
-        """d_ap and d_an with gradient, shape (t,) each."""
+        """d_ap and d_an with gradient, shape (t,) each. (`embedding` takes rows as indexing does, but its backward is faster.)"""
         anchors = pool.anchors  # (b, d)
         if len(self.anchors) != len(anchors):
-            anchors = anchors.index_select(0, self.anchors)  # (t, d)
+            anchors = embedding(self.anchors, anchors)  # (t, d)
         return (
-            paired_distance(anchors, pool.candidates.index_select(0, self.positives), squared),
-            paired_distance(anchors, pool.candidates.index_select(0, self.negatives), squared),
+            paired_distance(anchors, embedding(self.positives, pool.candidates), squared),
+            paired_distance(anchors, embedding(self.negatives, pool.candidates), squared),
         )
 
 
@@ -44,13 +45,13 @@ class _Block(NamedTuple):
     """Some anchors compared with all candidates."""
 
     rows: slice
-    similarity: Tensor
-    """Shape (rows, N)."""
     negatives: Tensor
-    """The same, -inf where the candidate has the anchor's identity."""
+    """Similarities, -inf where the candidate has the anchor's identity, shape (rows, N)."""
     columns: Tensor
     """See `Runs.columns`, shape (rows, most)."""
     there: Tensor
+    same: Tensor
+    """Similarities of `columns`."""
     hardest: Hardest
 
 
@@ -83,8 +84,7 @@ def semi_hard(pool: Pool, most: int | None = None) -> tuple[Triplets, Hardest]:
     """
 
     def pick(block: _Block) -> _Picked:
-        limits = block.similarity.gather(1, block.columns)  # (rows, most)
-        found = [_nearest_beyond(limits[:, at, None], block.negatives) for at in range(limits.shape[1])]
+        found = [_nearest_beyond(block.same[:, at, None], block.negatives) for at in range(block.same.shape[1])]
         nearest = torch.stack([similarity for similarity, _ in found], 1)  # (rows, most)
         negatives = torch.stack([negative for _, negative in found], 1)
         return block.columns, negatives, block.there & (nearest > -torch.inf)
@@ -125,7 +125,7 @@ def distance_weighted(pool: Pool, draws: Tensor) -> tuple[Triplets, Hardest]:
 
     def pick(block: _Block) -> _Picked:
         negative = block.negatives > -torch.inf  # (rows, N)
-        distance = (2 - 2 * block.similarity).clamp(min=DISTANCE_CUTOFF**2).sqrt()  # (rows, N)
+        distance = (2 - 2 * block.negatives).clamp(min=DISTANCE_CUTOFF**2).sqrt()  # (rows, N)
         shape = (1 - distance.square() / 4).clamp(min=1e-8).log()
         weight = (2 - size) * distance.log() - (size - 3) / 2 * shape
         weight = weight.masked_fill(~negative | (distance >= LOSS_CUTOFF), -torch.inf)
@@ -155,11 +155,11 @@ def random_triplets(pool: Pool, draws: Tensor) -> tuple[Triplets, Hardest]:
 def _mined(pool: Pool, pick: Callable[[_Block], _Picked], most: int | None) -> tuple[Triplets, Hardest]:
     pool, runs = pool.detach(), pool.runs(most)
     picked, hardest = Collected(len(pool.anchors)), Collected(len(pool.anchors))
-    for rows, similarity, spare in pool.blocks():
+    for rows, similarity in pool.blocks():
         columns, there = runs.columns(rows)
-        found, negatives = hardest_of(similarity, columns, there, out=spare)
+        found, same = hardest_of(similarity, columns, there)
         hardest.put(rows, *found)
-        picked.put(rows, *pick(_Block(rows, similarity, negatives, columns, there, found)))
+        picked.put(rows, *pick(_Block(rows, similarity, columns, there, same, found)))
     positives, chosen, valid = picked  # (b, w) each
     anchors = torch.arange(len(positives), device=positives.device)[:, None].expand_as(positives)
     return Triplets(*(part.flatten() for part in (anchors, positives, chosen, valid))), Hardest(*hardest)
@@ -167,12 +167,12 @@ def _mined(pool: Pool, pick: Callable[[_Block], _Picked], most: int | None) -> t
 
 def _nearest_beyond(limit: Tensor, negatives: Tensor) -> tuple[Tensor, Tensor]:
     """Similarity and column of the nearest negative that is less similar than the limit (rows, 1); -inf: none."""
-    return negatives.masked_fill(negatives >= limit, -torch.inf).max(1)
+    return largest(negatives.masked_fill(negatives >= limit, -torch.inf))
 
 
 def _drawn(weight: Tensor, draws: Tensor) -> Tensor:
     """Columns drawn in proportion to the weights (rows, N), at least 0, with uniform numbers (rows, w); shape (rows, w)."""
-    cumulative = weight.double().cumsum(1)  # (rows, N)
+    cumulative = weight.double().contiguous().cumsum(1)  # (rows, N)
     total = cumulative[:, -1:]
     wanted = torch.minimum(draws.double() * total, total.nextafter(torch.zeros_like(total)))
     return torch.searchsorted(cumulative, wanted, right=True).clamp(max=weight.shape[1] - 1)

@@ -6,8 +6,10 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-SIMILARITIES = 2**20
+SIMILARITIES = 2**21
 """Comparisons held at once (at least one anchor's): bounds the extra memory of mining, whatever the batch."""
+_WINDOW = 64
+"""Neighbouring candidates of which the nearest is found at once."""
 
 
 class Pool(NamedTuple):
@@ -32,18 +34,19 @@ class Pool(NamedTuple):
     def detach(self) -> "Pool":
         return self._replace(anchors=self.anchors.detach(), candidates=self.candidates.detach())
 
-    def blocks(self) -> Iterator[tuple[slice, Tensor, Tensor]]:
-        """Some anchors at a time: their rows, their similarities to all candidates (rows, N), and memory of that shape.
+    def blocks(self) -> Iterator[tuple[slice, Tensor]]:
+        """Some anchors at a time: their rows, and their similarities to all candidates (rows, N), overwritten by the next.
 
-        Both are overwritten by the next.
+        They lie in memory candidate by candidate: of many candidates and few anchors that product is the faster one.
         """
         count = len(self.candidates)
         step = min(max(1, SIMILARITIES // max(1, count)), len(self.anchors))
-        similarity, spare = (self.candidates.new_empty(step, count) for _ in range(2))
+        memory = self.candidates.new_empty(count, step)
         for begin in range(0, len(self.anchors), max(1, step)):
             mine = self.anchors[begin : begin + step]  # (rows, d)
-            torch.mm(mine, self.candidates.T, out=similarity[: len(mine)])
-            yield slice(begin, begin + len(mine)), similarity[: len(mine)], spare[: len(mine)]
+            similarity = memory[:, : len(mine)]  # (N, rows)
+            torch.mm(self.candidates, mine.T, out=similarity)
+            yield slice(begin, begin + len(mine)), similarity.T
 
     def runs(self, most: int | None = None) -> "Runs":
         """Where each anchor's identity is among the candidates.
@@ -103,19 +106,43 @@ class Hardest(NamedTuple):
         return (d_ap, d_an) if squared else (d_ap.sqrt(), d_an.sqrt())
 
 
-def hardest_of(similarity: Tensor, columns: Tensor, there: Tensor, out: Tensor) -> tuple[Hardest, Tensor]:
+def hardest_of(similarity: Tensor, columns: Tensor, there: Tensor) -> tuple[Hardest, Tensor]:
     """Of a block of anchors; of equally distant candidates the first, so that the choice does not depend on the ranks.
 
+    Writes -inf in the place of everything of the anchor's identity.
+
     Args:
-        similarity: to all candidates, shape (rows, N). columns, there: see `Runs.columns`. out: like similarity.
+        similarity: to all candidates, shape (rows, N). columns, there: see `Runs.columns`.
     Returns:
-        The hardest, and in `out` the similarities with -inf in the place of everything of the anchor's identity.
+        The hardest, and the similarities of `columns` as they were, shape (rows, most).
     """
-    positive, at = similarity.gather(1, columns).masked_fill(~there, torch.inf).min(1)
-    negatives = out.copy_(similarity).scatter_(1, columns, -torch.inf)
-    negative, nearest = negatives.max(1)
+    same = similarity.gather(1, columns)  # (rows, most)
+    positive, at = same.masked_fill(~there, torch.inf).min(1)
+    negative, nearest = largest(similarity.scatter_(1, columns, -torch.inf))
     valid = (positive < torch.inf) & (negative > -torch.inf)
-    return Hardest(columns.gather(1, at[:, None])[:, 0], nearest, positive, negative, valid), negatives
+    return Hardest(columns.gather(1, at[:, None])[:, 0], nearest, positive, negative, valid), same
+
+
+def largest(values: Tensor) -> tuple[Tensor, Tensor]:
+    """`values.max(1)`, of equal ones the first, ten times as fast on a CPU, where an index is what costs: the best window first.
+
+    Args:
+        values: shape (rows, n), without NaN.
+    Returns:
+        Values and columns, shape (rows,) each.
+    """
+    whole = values.shape[1] // _WINDOW * _WINDOW
+    if whole <= _WINDOW:
+        return values.max(1)
+    windows = values[:, :whole].unflatten(1, (-1, _WINDOW)).amax(2)  # (rows, n / 64)
+    columns = windows.argmax(1, keepdim=True) * _WINDOW + torch.arange(_WINDOW, device=values.device)  # (rows, 64)
+    found, at = values.gather(1, columns).max(1)
+    column = columns.gather(1, at[:, None])[:, 0]
+    if whole < values.shape[1]:
+        rest, at = values[:, whole:].max(1)
+        column = torch.where(rest > found, whole + at, column)
+        found = torch.maximum(found, rest)
+    return found, column
 
 
 class Collected:

@@ -58,21 +58,71 @@ def chosen(d: Tensor, ids: list[int], mining: str) -> list[tuple[int, int, int]]
     return found
 
 
+def picked(weights: dict[int, float], number: float) -> int:
+    """Of columns with weights the one that a uniform number in [0, 1) falls on."""
+    reached, wanted = 0.0, number * sum(weights.values())
+    for column, weight in weights.items():
+        reached += weight
+        if reached > wanted:
+            return column
+    return list(weights)[-1]
+
+
+def drawn(embeddings: Tensor, ids: list[int], mining: str, numbers: Tensor) -> list[tuple[int, int, int]]:
+    """The triplets that uniform numbers, one for each anchor and each image of its identity in order, choose.
+
+    Distance-weighted as in Wu et al. 2017: 1 / q(d), q(d) = d^(n - 2) (1 - d^2 / 4)^((n - 3) / 2), with d at least 0.5 and less
+    than 1.4 unless all are farther.
+    """
+    root, size, found = distances(embeddings, squared=False), embeddings.shape[1], []
+    for anchor in range(len(numbers)):
+        far, near = positives(ids, anchor), negatives(ids, anchor)
+        if not far or not near:
+            continue
+        if mining == "random":
+            positive = picked(dict.fromkeys(far, 1.0), float(numbers[anchor, 0]))
+            found.append((anchor, positive, picked(dict.fromkeys(near, 1.0), float(numbers[anchor, 1]))))
+            continue
+        cut = {n: max(0.5, float(root[anchor, n])) for n in near}
+        close = {n: d ** (2 - size) * (1 - d**2 / 4) ** ((3 - size) / 2) for n, d in cut.items() if d < 1.4}
+        for place, column in enumerate(sorted([*far, anchor])):
+            if column != anchor:
+                negative = picked(close or dict.fromkeys(near, 1.0), float(numbers[anchor, place]))
+                found.append((anchor, column, negative))
+    return found
+
+
 def loss_of(
-    embeddings: Tensor, ids: list[int], mining: str, margin: float | None, squared: bool, average: str = "active"
+    embeddings: Tensor,
+    ids: list[int],
+    mining: str,
+    margin: float | None,
+    squared: bool,
+    average: str = "active",
+    *,
+    numbers: Tensor | None = None,
+    anchors: int | None = None,
 ) -> tuple[Tensor, int]:
-    """Sum and divisor of the triplet loss."""
+    """Sum and divisor of the triplet loss.
+
+    Args:
+        numbers: what `drawn` takes. anchors: so many of the first embeddings are anchors; None all.
+    """
     d = distances(embeddings, squared)
-    terms = [term(d[a, p], d[a, n], margin) for a, p, n in chosen(d.detach(), ids, mining)]
+    fixed = embeddings.detach()
+    triplets = chosen(d.detach(), ids, mining) if numbers is None else drawn(fixed, ids, mining, numbers)
+    terms = [term(d[a, p], d[a, n], margin) for a, p, n in triplets if anchors is None or a < anchors]
     total = torch.stack(terms).sum() if terms else embeddings.sum() * 0
     counted = [one for one in terms if one > 0] if average == "active" else terms
     return total, len(counted)
 
 
-def smooth(embeddings: Tensor, ids: list[int], margin: float, sharpness: float, squared: bool) -> tuple[Tensor, int]:
+def smooth(
+    embeddings: Tensor, ids: list[int], margin: float, sharpness: float, squared: bool, *, anchors: int | None = None
+) -> tuple[Tensor, int]:
     d = distances(embeddings, squared)
     terms = []
-    for anchor in range(len(ids)):
+    for anchor in range(len(ids) if anchors is None else anchors):
         if positives(ids, anchor) and negatives(ids, anchor):
             sums = [
                 torch.exp(sharpness * (d[anchor, p] - d[anchor, n] + margin))

@@ -21,9 +21,11 @@ def objective(kind: str = "margin", mining: str = "batch_hard", margin: float = 
     return Objective(kind=kind, mining=mining, margin=None if kind == "soft_margin" else margin, **given)
 
 
-def result(loss: Objective, embeddings: Tensor, ids: Tensor, most: int | None = None) -> tuple[float, int, Tensor]:
+def result(
+    loss: Objective, embeddings: Tensor, ids: Tensor, most: int | None = None, draws: Tensor | None = None
+) -> tuple[float, int, Tensor]:
     leaf = embeddings.clone().requires_grad_()
-    found = loss(Pool.of(leaf, ids), most)
+    found = loss(Pool.of(leaf, ids), most, draws)
     (gradient,) = torch.autograd.grad(found.total, leaf)
     return float(found.total.detach()), int(found.divisor), gradient
 
@@ -59,6 +61,23 @@ def test_triplet_losses_against_the_oracle(monkeypatch, at_once, mining, margin,
     ours = result(objective(kind, mining, squared=squared, average=average), embeddings, torch.tensor(ids))
     assert_equal(ours, of_oracle(oracle.loss_of, embeddings, ids, mining, margin, squared, average))
     assert ours[2].norm() > 0.1
+
+
+@pytest.mark.parametrize("batch", BATCHES)
+@pytest.mark.parametrize("squared", [False, True])
+@pytest.mark.parametrize("margin", [0.4, None])
+@pytest.mark.parametrize("mining", ["distance_weighted", "random"])
+@pytest.mark.parametrize("at_once", [20, 2**20])
+def test_losses_of_drawn_triplets_against_the_oracle(monkeypatch, at_once, mining, margin, squared, batch):
+    monkeypatch.setattr(pool_module, "SIMILARITIES", at_once)
+    embeddings, ids = BATCHES[batch]
+    numbers = torch.rand(len(ids), 4, generator=torch.Generator().manual_seed(3), dtype=torch.float64)
+    loss = objective("soft_margin" if margin is None else "margin", mining, squared=squared)
+
+    def theirs(leaf: Tensor) -> tuple[Tensor, int]:
+        return oracle.loss_of(leaf, ids, mining, margin, squared, "active", numbers=numbers)
+
+    assert_equal(result(loss, embeddings, torch.tensor(ids), draws=numbers), of_oracle(theirs, embeddings))
 
 
 @pytest.mark.parametrize("mining", ["batch_all", "semi_hard"])

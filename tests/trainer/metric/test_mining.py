@@ -10,7 +10,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from tests.trainer.metric.oracle import chord, chosen, distances, on_circle, points
 from trainer.metric import pool as pool_module
-from trainer.metric.losses import triplet_loss
+from trainer.metric.losses import Objective, triplet_loss
 from trainer.metric.mining import batch_hard, distance_weighted, hardest_semi_hard, random_triplets, semi_hard
 from trainer.metric.pool import Pool
 
@@ -163,7 +163,9 @@ class _Largest(TorchDispatchMode):
         return out
 
 
-def test_nothing_larger_than_allowed_is_made_forward_or_backward(monkeypatch):
+@pytest.mark.parametrize("kind", ["margin", "smooth", "contrastive"])
+@pytest.mark.parametrize("mining", [*MINERS, "batch_all", "distance_weighted", "random"])
+def test_nothing_larger_than_allowed_is_made_forward_or_backward(monkeypatch, kind, mining):
     """64 anchors, 256 candidates of 2 dimensions, 512 similarities at once, where the full matrix has 16,384."""
     monkeypatch.setattr(pool_module, "SIMILARITIES", 512)
     candidates = points(256, 2).requires_grad_()
@@ -174,11 +176,11 @@ def test_nothing_larger_than_allowed_is_made_forward_or_backward(monkeypatch):
         torch.arange(64).repeat_interleave(4),
         torch.arange(64),
     )
-    for mining in MINERS.values():
-        with _Largest() as largest:
-            found, _ = mining(pool)
-            triplet_loss(found, pool, None)[0].backward()
-        assert largest.elements == 512
+    loss = Objective(kind=kind, mining=mining, margin=0.5, sharpness=5.0, squared=False, average="active")
+    draws = torch.full((64, 4), 0.5, dtype=torch.float64)
+    with _Largest() as largest:
+        loss(pool, 4, draws).total.backward()
+    assert largest.elements == 512
 
 
 def test_identities_may_be_any_labels_and_embeddings_any_float_type():
