@@ -1,27 +1,26 @@
 """Lists of pairs to verify: LFW's pairs.txt and its development files, and any CSV."""
 
 import csv
-import itertools
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
 
-from data_shards.index import ShardSet, Split
+from data_shards.index import BLOCK, ShardSet, Split, header_name, split_name
+from data_shards.listing import MAX_KEY, unique_stems
+from data_shards.sources.base import extension_of
+from trainer.evaluation.prepared import Part, named_missing
 
 CSV_COLUMNS = ("first", "second", "same")
 """Columns that a CSV needs; `fold`, counted from 0, may be there, too."""
 _YES, _NO = ("1", "true", "yes", "same"), ("0", "false", "no", "different")
-_NAMED = 5
-"""Missing images that an error names."""
 
 
 class Pair(NamedTuple):
     first: str
-    """Name of an image: IDENTITY/IMAGE as in the folders that were sharded, without extension."""
+    """Name of an image: IDENTITY/IMAGE as in the folders that were sharded, with or without extension."""
     second: str
     same: bool
     fold: int
@@ -36,7 +35,7 @@ class PairList(NamedTuple):
 
     @property
     def folds(self) -> int:
-        return 1 + max(pair.fold for pair in self.pairs)
+        return len({pair.fold for pair in self.pairs})
 
     def names(self) -> list[str]:
         """Every image once, sorted."""
@@ -71,50 +70,96 @@ def read_pairs(path: Path) -> PairList:
     return PairList(path, pairs)
 
 
-def find_images(wanted: PairList, source: ShardSet) -> tuple[Split, NDArray[np.int64], NDArray[np.int64]]:
-    """Where the images of a list lie in a set of shards.
+class FoundPairs(NamedTuple):
+    """Where the images of a list of pairs lie."""
 
-    Returns:
-        the split that has them all; the samples to embed, ascending, shape (n,); and, for each pair, which two of those they
-        are, shape (p, 2).
+    parts: list[Part]
+    """Samples to embed, ascending, each once; n in all."""
+    pairs: NDArray[np.int64]
+    """Which two of those n each pair is, shape (p,2)."""
+    kept: NDArray[np.bool_]
+    """Which pairs of the list those p are: all, or those whose images are both there."""
+
+
+def find_images(wanted: PairList, source: ShardSet, skip_missing: bool = False) -> FoundPairs:
+    """Where the images of a list lie in a set of shards, in whichever of its splits.
+
     Raises:
-        ValueError: no split has all images; those are named that the best one lacks.
+        ValueError: images are missing, and `skip_missing` does not say that their pairs are to be left out, or no pair is left.
     """
     names = wanted.names()
-    best: tuple[Split, dict[str, int]] | None = None
-    for name in source.splits:
-        split = source.split(name)
-        found = _samples_of(source, split, names)
-        if best is None or len(found) > len(best[1]):
-            best = split, found
-    assert best is not None, "a set of shards has a split"
-    split, found = best
-    missing = [name for name in names if name not in found]
-    if missing:
-        some = ", ".join(missing[:_NAMED]) + (" …" if len(missing) > _NAMED else "")
-        raise ValueError(
-            f"pair list {wanted.path} names {len(missing):,} images that {source.path} does not have: {some}"
-        )
-    samples = np.unique(np.array([found[name] for name in names], np.int64))
-    places = {name: int(np.searchsorted(samples, found[name])) for name in names}
-    pairs = np.array([(places[pair.first], places[pair.second]) for pair in wanted.pairs], np.int64)
-    return split, samples, pairs
+    parts: list[Part] = []
+    places: dict[str, int] = {}
+    for split in map(source.split, source.splits):
+        found = samples_of(source, split, [name for name in names if name not in places])
+        if found:
+            samples, rows = np.unique(np.array(list(found.values()), np.int64), return_inverse=True)
+            places |= dict(zip(found, (rows + sum(len(part) for _, part in parts)).tolist(), strict=True))
+            parts.append((split, samples))
+    missing = [name for name in names if name not in places]
+    kept = np.array([pair.first in places and pair.second in places for pair in wanted.pairs])
+    if missing and (not skip_missing or not kept.any()):
+        left = "; no pair is left without them" if skip_missing else ""
+        some = f"{len(missing):,} images that {source.path} does not have: {named_missing(missing)}"
+        raise ValueError(f"pair list {wanted.path} names {some}{left}")
+    pairs = [(places[pair.first], places[pair.second]) for pair, keep in zip(wanted.pairs, kept, strict=True) if keep]
+    return FoundPairs(parts, np.array(pairs, np.int64), kept)
 
 
-def _samples_of(source: ShardSet, split: Split, names: list[str]) -> dict[str, int]:
-    """Samples by name; only identities that the names mention are looked at. A name may end in its file's extension."""
+def samples_of(source: ShardSet, split: Split, names: Sequence[str]) -> dict[str, int]:
+    """The sample of each name IDENTITY/IMAGE that the split has; folders before the identity's are passed over.
+
+    Only the keys of identities that are mentioned are read. What a key may not hold stands in it as `_` (see `unique_stems`).
+    """
     labels = {name: label for label, name in enumerate(source.identity_names)}
     rows = {int(label): row for row, label in enumerate(split.identities)}
-    found: dict[str, int] = {}
-    for identity, mentioned in itertools.groupby(names, key=lambda name: name.rpartition("/")[0]):
-        row = rows.get(labels.get(identity, -1))
+    mentioned: dict[int, list[tuple[str, str]]] = {}
+    for name in names:
+        identity, _, image = name.rpartition("/")
+        row = rows.get(labels.get(identity, labels.get(identity.rpartition("/")[2], -1)))
         if row is not None:
-            keys = {split.key(sample): sample for sample in range(split.starts[row], split.starts[row + 1])}
-            for name in mentioned:
-                sample = keys.get(name, keys.get(name.rpartition(".")[0]))
-                if sample is not None:
-                    found[name] = sample
+            mentioned.setdefault(row, []).append((name, image))
+    ranges = [np.arange(split.starts[row], split.starts[row + 1]) for row in mentioned]
+    keys = iter(keys_of(split, np.concatenate(ranges)) if ranges else [])
+    found: dict[str, int] = {}
+    for images, samples in zip(mentioned.values(), ranges, strict=True):
+        stems = {}
+        for sample, key in zip(samples.tolist(), keys, strict=False):
+            prefix, _, stem = key.rpartition("/")
+            stems[stem] = sample
+        for name, image in images:
+            sample = next((stems[stem] for stem in _stems(image, len(prefix)) if stem in stems), None)
+            if sample is not None:
+                found[name] = sample
     return found
+
+
+def _stems(image: str, prefix: int) -> Iterator[str]:
+    """How an image's name may stand in a key behind `prefix` characters and a slash."""
+    if extension_of(image) is not None:
+        yield unique_stems([image[: image.rfind(".")]], MAX_KEY - 1 - prefix)[0]
+    yield unique_stems([image], MAX_KEY - 1 - prefix)[0]
+
+
+def keys_of(split: Split, samples: NDArray[np.int64]) -> list[str]:
+    """`Split.key` of many samples: each tar is opened once.
+
+    Raises:
+        ValueError: there is no USTAR header at a sample's place.
+    """
+    rows = split.samples[samples]
+    keys = [""] * len(samples)
+    for shard in np.unique(rows["shard"]).tolist():
+        with split.shards[shard].open("rb") as tar:
+            for place in np.flatnonzero(rows["shard"] == shard).tolist():
+                tar.seek(int(rows["offset"][place]) - BLOCK)
+                name = header_name(tar.read(BLOCK))
+                if name is None:
+                    raise ValueError(
+                        f"shard {split.shards[shard]} has no tar header where one is: run `facescale verify`"
+                    )
+                keys[place] = split_name(name)[0]
+    return keys
 
 
 def _lfw(path: Path, lines: list[str]) -> Iterator[Pair]:
@@ -165,13 +210,24 @@ def _from_csv(path: Path, lines: Iterable[str]) -> Iterator[Pair]:
         yield Pair(first, second, said in _YES, int(fold), reader.line_num)
 
 
-def folds_of(wanted: PairList, otherwise: int) -> torch.Tensor:
-    """Each pair's fold, int64, shape (p,); a list without folds is dealt out, same and different pairs in turn."""
+def folds_of(wanted: PairList, otherwise: int) -> NDArray[np.int64]:
+    """Each pair's fold, shape (p,); a list without folds is dealt out, same and different pairs in turn."""
     if wanted.folds > 1:
-        return torch.tensor([pair.fold for pair in wanted.pairs])
+        return np.array([pair.fold for pair in wanted.pairs])
     seen = [0, 0]
     folds = []
     for pair in wanted.pairs:
         folds.append(seen[pair.same] % otherwise)
         seen[pair.same] += 1
-    return torch.tensor(folds)
+    return np.array(folds)
+
+
+def folds_share_identities(wanted: PairList, folds: NDArray[np.int64]) -> bool:
+    """Whether pairs of two folds name the same identity."""
+    home: dict[str, int] = {}
+    named = (
+        (name.rpartition("/")[0], int(fold))
+        for pair, fold in zip(wanted.pairs, folds, strict=True)
+        for name in pair[:2]
+    )
+    return any(home.setdefault(identity, fold) != fold for identity, fold in named)

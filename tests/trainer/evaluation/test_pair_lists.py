@@ -88,9 +88,10 @@ def test_images_are_found_by_name(source, tmp_path):
             tmp_path, f"first,second,same\n{keys[7]},{keys[2]}.jpg,0\n{keys[2]},{keys[1]},1\n{keys[7]},{keys[6]},1\n"
         )
     )
-    _, samples, pairs = find_images(list_of, source)
+    ((_, samples),), pairs, kept = find_images(list_of, source)
     assert samples.tolist() == [1, 2, 6, 7], "each image once"
     assert pairs.tolist() == [[3, 1], [1, 0], [3, 2]]
+    assert kept.tolist() == [True] * 3
 
 
 def test_missing_images_are_named(source, tmp_path):
