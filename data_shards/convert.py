@@ -266,13 +266,18 @@ def _plan(work: Work, survey: NDArray[Any] | None) -> None:
     work.commit_plan(plan, facts)
 
 
+META = "identity_meta.csv"
+_WITH_META = ("folders", "zip", "tar", "tar.gz")
+
+
 def _people(work: Work) -> dict[str, str]:
-    """Name of each id, where the source has VGGFace2's identity_meta.csv."""
+    """Name of each id, where VGGFace2's identity_meta.csv lies in the source's folder or beside it."""
     path = work.config.identity_meta
-    location = str(work.job["found"].get("location", ""))
-    if not path and work.job["found"]["kind"] == "folders" and not is_remote(location):
-        beside = [Path(location, "identity_meta.csv"), Path(location).parent / "identity_meta.csv"]
-        path = next((str(file) for file in beside if file.is_file()), "")
+    if not path and work.job["found"]["kind"] in _WITH_META:
+        first = str(getattr(work.source, "locations", (work.job["found"]["location"],))[0])
+        if not is_remote(first):
+            beside = [Path(first, META), Path(first).parent / META]
+            path = next((str(file) for file in beside if file.is_file()), "")
     return read_identity_meta(path) if path else {}
 
 

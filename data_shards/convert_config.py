@@ -57,7 +57,7 @@ class ConvertConfig:
     regions: tuple[str, ...] = ()
     """CSV files of boxes (crop "box") or five landmarks (crop "align"), VGGFace2's loose_bb_*.csv or loose_landmark_*.csv."""
     identity_meta: str = ""
-    """VGGFace2's identity_meta.csv, which gives each id a name; empty: SOURCE/identity_meta.csv where there is one."""
+    """VGGFace2's identity_meta.csv, which gives each id a name; empty: the one in SOURCE or beside it, where there is one."""
     pseudonyms: str = ""
     """File to write real names to, one that must not exist yet; the shards then hold made-up ones alone. Empty: real names."""
     workers: int | None = None

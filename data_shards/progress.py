@@ -28,6 +28,9 @@ class _Rate(TextColumn):
         return Text(text)
 
 
+COLUMNS = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), _Rate(""), TimeRemainingColumn())
+
+
 @contextmanager
 def progress(description: str, total: int | None, unit: str = "images", enabled: bool = True) -> Iterator[Advance]:
     """Shows how far a loop is; yields the function to call with the number of items just done, and perhaps their bytes.
@@ -44,8 +47,7 @@ def progress(description: str, total: int | None, unit: str = "images", enabled:
         running.remove_task(task)
         return
     quiet = not (enabled and sys.stderr.isatty())
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), _Rate(""), TimeRemainingColumn())
-    with Progress(*columns, console=Console(file=sys.stderr), disable=quiet) as bar:
+    with Progress(*COLUMNS, console=Console(file=sys.stderr), disable=quiet) as bar:
         task = bar.add_task(description, total=total, unit=unit, bytes=0)
         token = _running.set(bar)
         try:

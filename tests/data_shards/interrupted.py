@@ -90,6 +90,30 @@ def random_moments(source, out, expected, config, seconds, rounds, seed):
     return report
 
 
+def workers_killed(source, out, expected, config, seconds, rounds, seed):
+    """Kills one of a conversion's workers at random moments; the conversion itself is left alone."""
+    draw = random.Random(seed)
+    report = {"killed": 0, "codes": [], "said": [], "wrong": []}
+    for _ in range(rounds):
+        pid, said = child(lambda: convert(source, out, config))
+        time.sleep(draw.uniform(0, seconds))
+        with contextlib.suppress(OSError, IndexError):
+            worker = int(draw.choice(Path(f"/proc/{pid}/task/{pid}/children").read_text().split()))
+            os.kill(worker, signal.SIGKILL)
+            report["killed"] += 1
+        report["codes"].append(ended(pid))
+        if said.exists():
+            report["said"].append(said.read_text())
+        if not visible_shards_are_whole(out, expected):
+            report["wrong"].append("a partial file is visible")
+        if report["codes"][-1]:
+            to_the_end(source, out, config)
+        if hashes(out) != expected:
+            report["wrong"].append("other bytes")
+        shutil.rmtree(out)
+    return report
+
+
 POINTS = {
     "before fsync": (os, "fsync", "before"),
     "after fsync": (os, "fsync", "after"),
@@ -195,6 +219,8 @@ def main():
         kind = task["kind"]
         if kind == "random":
             report = random_moments(source, out, expected, config, seconds, task["rounds"], task["seed"])
+        elif kind == "workers":
+            report = workers_killed(source, out, expected, config, seconds, task["rounds"], task["seed"])
         elif kind == "points":
             report = named_points(source, out, expected, config, task["most"])
         else:

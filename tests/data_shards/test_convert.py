@@ -453,6 +453,21 @@ def test_keep_and_leave_out_match_by_id_and_by_the_names_of_identity_meta(tmp_pa
     assert not (tmp_path / "none").exists()
 
 
+@pytest.mark.parametrize("ending", ["zip", "tar", "tar.gz"])
+def test_identity_meta_is_found_beside_an_archive_and_lists_filter_it(tmp_path, ending):
+    draw_collection(tmp_path / "in" / "train", {f"n00000{number}": 2 for number in range(1, 5)})
+    kind = {"zip": "zip", "tar": "tar", "tar.gz": "gztar"}[ending]
+    shutil.make_archive(str(tmp_path / "vggface2_train"), kind, tmp_path / "in")
+    people = ("14th_Dalai_Lama", "A_Fine_Frenzy", "Abel_Ferrara", "Ed_Harris")
+    meta = [f'n00000{at}, "{name}",2,1,m' for at, name in enumerate(people, start=1)]
+    (tmp_path / "identity_meta.csv").write_text("\n".join(["Class_ID, Name, Sample_Num, Flag, Gender", *meta]))
+    (tmp_path / "train_list.txt").write_text("n000001/000.jpg\nn000002/001.jpg\nn000003/000.jpg\n")
+    config = one(leave_out_identities=("abel ferrara",), only_pictures=str(tmp_path / "train_list.txt"))
+    summary = convert(tmp_path / f"vggface2_train.{ending}", tmp_path / "out", config)
+    assert ShardSet.open(tmp_path / "out").manifest["names"] == ["14th_Dalai_Lama", "A_Fine_Frenzy"]
+    assert (summary.read, summary.written) == (8, 2)
+
+
 def test_only_the_pictures_of_a_list_are_taken(tmp_path):
     source = draw_collection(tmp_path / "in" / "train", {"n1": 3, "n2": 3, "n3": 2}).parent
     (tmp_path / "train_list.txt").write_text("n1/000.jpg\nn1/002.jpg\n\nn2/001.jpg\nn2/000.jpg\n")

@@ -6,6 +6,7 @@ import json
 import os
 import subprocess
 import sys
+import tarfile
 import warnings
 from pathlib import Path
 
@@ -188,3 +189,43 @@ def test_orl_faces_load_with_all_three(tmp_path):
         (label, np.asarray(Image.open(io.BytesIO(data)).convert("RGB")).tobytes()) for label, data in faces.values()
     }
     assert {(label, image.tobytes()) for label, image in decoded} == pixels
+
+
+def test_wids_lists_every_shard_with_its_samples_and_bytes(jpegs):
+    """What `wids.ShardListDataset` (webdataset 0.2; no longer in 1.0) reads: tried with it by hand, it gives every picture."""
+    _, directory = jpegs
+    listed = json.loads((directory / "train" / "wids.json").read_text())
+    assert {name: listed[name] for name in ("__kind__", "wids_version", "name")} == {
+        "__kind__": "wids-shard-index-v1",
+        "wids_version": 1,
+        "name": "train",
+    }
+    found = []
+    for path in sorted((directory / "train").glob("*.tar")):
+        with tarfile.open(path) as tar:
+            pictures = sum(name.endswith(".jpg") for name in tar.getnames())
+        found.append({"url": path.name, "nsamples": pictures, "filesize": path.stat().st_size})
+    assert len(found) > 2
+    assert listed["shardlist"] == found
+
+
+def owners_of_batches(directory, size):
+    """The identities of each batch of so many samples in a row, streamed by webdataset."""
+    labels = [label for label, _ in load_with_webdataset(directory).values()]
+    return [labels[start : start + size] for start in range(0, len(labels) - size + 1, size)]
+
+
+def test_plain_streaming_gives_p_times_k_batches(tmp_path):
+    """P x K = 8 x 4 off the tars in a row: 7 identities of 20 images (5 groups of 4) and 33 of 4 to 11, in 4 shards."""
+    source = draw_collection(tmp_path / "in", {f"id{n:02d}": 20 if n < 7 else 4 + n % 8 for n in range(40)})
+    shares = {}
+    for order in ("groups", "random"):
+        convert(source, tmp_path / order, ConvertConfig(workers=1, order=order, shard_bytes=256_000))
+        assert len(train_tars(tmp_path / order)) > 2
+        batches = owners_of_batches(tmp_path / order, 32)
+        positives = [sum(batch.count(owner) > 1 for owner in batch) / len(batch) for batch in batches]
+        shares[order] = np.mean(positives), min(len(set(batch)) for batch in batches)
+    (with_positive, identities), (mixed, _) = shares["groups"], shares["random"]
+    assert with_positive > 0.9
+    assert mixed < 0.6
+    assert identities >= 7

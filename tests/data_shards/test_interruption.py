@@ -52,12 +52,25 @@ def test_killed_while_it_looks_for_duplicates_it_goes_on_to_the_same_bytes(tmp_p
     assert report["killed"] >= 10
 
 
+def test_when_a_worker_is_killed_it_says_so_and_goes_on_to_the_same_bytes(tmp_path):
+    report = interrupted(tmp_path, "workers", pictures=300, config={"workers": 2}, rounds=25, seed=3)
+    assert report["wrong"] == []
+    assert report["killed"] >= 10
+    assert set(report["codes"]) == {0, 1}, report["codes"]
+    assert len(report["said"]) >= 8
+    assert {said.partition(": ")[2] for said in report["said"]} == {
+        "a conversion worker died, perhaps for lack of memory: try fewer `workers`; what is written stays, "
+        "the same command goes on from there"
+    }
+
+
 def test_killed_at_every_named_point_it_goes_on_to_the_same_bytes(tmp_path):
-    report = interrupted(tmp_path, "points", pictures=36, most=12)
+    most = int(os.environ.get("FACESCALE_KILLS", "12"))
+    report = interrupted(tmp_path, "points", pictures=36, most=most)
     del report["seconds"]
     assert {point: found["wrong"] for point, found in report.items()} == {point: [] for point in report}
     for point, found in report.items():
-        assert found["kills"] == min(found["calls"], 12), (point, found)
+        assert found["kills"] == min(found["calls"], most), (point, found)
         assert found["kills"] >= 2, (point, found)
 
 

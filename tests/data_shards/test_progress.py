@@ -1,9 +1,12 @@
 import io
+import re
 from types import SimpleNamespace
 
 import pytest
+from rich.console import Console
+from rich.progress import Progress
 
-from data_shards.progress import progress
+from data_shards.progress import COLUMNS, progress
 
 
 class Terminal(io.StringIO):
@@ -27,6 +30,22 @@ def test_a_bar_counts_on_a_terminal(terminal):
     assert "pack" in terminal.getvalue()
     assert "3/3" in terminal.getvalue()
     assert "images/s" in terminal.getvalue()
+
+
+def test_a_bar_of_pictures_says_images_and_megabytes_a_second_and_what_remains():
+    console = Console(file=io.StringIO(), width=120)
+    clock = iter(range(100))
+    with Progress(*COLUMNS, console=console, get_time=lambda: next(clock) * 1.0, auto_refresh=False) as bar:
+        task = bar.add_task("convert", total=4000, unit="images", bytes=0)
+        for _ in range(4):
+            bar.update(task, advance=500, bytes=bar.tasks[0].fields["bytes"] + 5_000_000)
+        console.print(bar.get_renderable())
+    said = console.file.getvalue()
+    rate = re.search(r"2000/4000 ([\d,]+) images/s, ([\d,]+) MB/s (\d+:\d\d:\d\d)", said)
+    assert rate, said
+    images, megabytes = (int(number.replace(",", "")) for number in rate.groups()[:2])
+    assert megabytes == pytest.approx(images * 10_000 / 1e6, abs=1)
+    assert rate[3] != "0:00:00"
 
 
 def test_a_bar_inside_another_is_drawn_too(terminal):

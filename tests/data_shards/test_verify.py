@@ -6,6 +6,7 @@ import pytest
 from collections_on_disk import draw_collection
 
 from data_shards.convert import ConvertConfig, convert
+from data_shards.decode import SizeProbe
 from data_shards.index import ShardSet
 from data_shards.verify import verify
 
@@ -63,6 +64,24 @@ def test_flipped_picture_bytes_are_named_by_key(shards):
         f"{path}: differs from what was written (SHA-256)",
         f"{path}: {key}: the picture's bytes differ (CRC-32)",
     ]
+
+
+def test_a_bit_flipped_inside_a_jpeg_that_still_decodes_is_found(shards):
+    path, offset, size, key = place(shards, 5)
+    whole = path.read_bytes()
+    harmless = 0
+    for at in range(size - 40, size - 2):
+        flipped = bytearray(whole)
+        flipped[offset + at] ^= 1
+        if SizeProbe().sizes([np.frombuffer(flipped[offset : offset + size], np.uint8)]) != [(24, 16)]:
+            continue
+        harmless += 1
+        path.write_bytes(flipped)
+        assert verify(shards, decode=True, workers=1) == [
+            f"{path}: differs from what was written (SHA-256)",
+            f"{path}: {key}: the picture's bytes differ (CRC-32)",
+        ]
+    assert harmless >= 5
 
 
 def test_a_damaged_label_is_named_by_key(shards):

@@ -35,7 +35,8 @@ def contents(source):
     return found, data
 
 
-def test_keys_that_are_paths(tmp_path):
+def test_keys_that_are_paths(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
     entries = {f"id{n // 2}/{n}.jpg".encode(): jpeg(n) for n in range(4)}
     meta = {b"__len__": pickle.dumps(4), b"__keys__": b"cos\nsystem\n(S'touch canary'\ntR."}
     found, data = contents(write(tmp_path / "db", entries | meta))
@@ -43,6 +44,7 @@ def test_keys_that_are_paths(tmp_path):
         (f"id{n // 2}", f"data.mdb/id{n // 2}/{n}.jpg", str(n), len(jpeg(n)), "jpg") for n in range(4)
     ]
     assert data == [jpeg(n) for n in range(4)]
+    assert not (tmp_path / "canary").exists(), "what other tools pickle beside the pictures is not loaded"
 
 
 def test_a_single_file_and_keys_that_are_no_utf8(tmp_path):
