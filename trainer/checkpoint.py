@@ -6,12 +6,13 @@ RUN/checkpoints/step-00000500/
     memory.safetensors   the cross-batch memory, where there is one
     optimizer.pt         optimiser state (DDP), read with weights_only=True
     deepspeed/           the engine's own files (DeepSpeed), one optimiser part a rank
+    config.yaml          settings of the run
     state.json           step, world size, fingerprint of the training pictures, collapse guard, SHA-256 of every other file
 RUN/checkpoints/latest   name of the newest
 RUN/checkpoints/best     name of the one that was best on held-out identities, where training chooses one (`run.best_metric`)
 
 Everything else that a step depends on follows from the settings and the step's number: the position in the plan, augmentation,
-the learning rate, random numbers.
+the learning rate, random numbers. There is no loss scaler: bf16 has the range of float32.
 """
 
 import hashlib
@@ -20,16 +21,21 @@ import os
 import shutil
 import sys
 import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
+from pickle import UnpicklingError
 from typing import Any
 
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel
+from torch.serialization import safe_globals
 
 from trainer.collectives import barrier, rank, world_size
+from trainer.config import CONFIG
 from trainer.metric.memory import CrossBatchMemory
 from trainer.model import read_state
 
@@ -40,6 +46,9 @@ _MODEL, _EMA, _MEMORY = "model.safetensors", "ema.safetensors", "memory.safetens
 _OPTIMIZER, _ENGINE, _STATE = "optimizer.pt", "deepspeed", "state.json"
 LATEST, BEST = "latest", "best"
 """Names of the files in it that name the newest and the best."""
+
+
+_WEIGHTS_ONLY = "TORCH_FORCE_WEIGHTS_ONLY_LOAD"
 
 
 @dataclass(kw_only=True)
@@ -105,7 +114,7 @@ class Checkpoint:
         """Puts back everything that training had changed: weights and optimiser state of DeepSpeed's engine, if there is one.
 
         Raises:
-            ValueError: written by the other kind of training, or by DeepSpeed on another number of ranks.
+            ValueError: written by the other kind of training, by DeepSpeed on another number of ranks, or not by DeepSpeed.
         """
         state, engine = self._state(), trained.engine
         if (self.folder / _ENGINE).is_dir() != (engine is not None):
@@ -129,7 +138,11 @@ class Checkpoint:
             raise ValueError(
                 f"checkpoint {self.folder} was written by {state['world_size']} DeepSpeed ranks; this run has {world_size()}"
             )
-        engine.load_checkpoint(str(self.folder), tag=_ENGINE)
+        try:
+            with _tensors_alone():
+                engine.load_checkpoint(str(self.folder), tag=_ENGINE)
+        except UnpicklingError:
+            raise ValueError(f"checkpoint {self.folder}: {_ENGINE} holds objects, which could run code") from None
 
     def _state(self) -> dict[str, Any]:
         found: dict[str, Any] = json.loads((self.folder / _STATE).read_text())
@@ -224,6 +237,8 @@ class Writer:
             shutil.rmtree(aside, ignore_errors=True)
             aside.mkdir(parents=True)
             torch.save(optimizer, aside / _OPTIMIZER)
+        if (self._folder.parent / CONFIG).is_file():
+            shutil.copyfile(self._folder.parent / CONFIG, aside / CONFIG)
         for name, values in tensors.items():
             save_file({key: value.contiguous() for key, value in values.items()}, aside / name)
         files = sorted(path for path in aside.rglob("*") if path.is_file())
@@ -319,6 +334,24 @@ def _checked(found: Path) -> Checkpoint:
         if not path.is_file() or _sha256(path) != expected:
             raise ValueError(f"checkpoint {found}: {name} is missing or damaged (its SHA-256 differs from {_STATE})")
     return Checkpoint(found, step)
+
+
+@contextmanager
+def _tensors_alone() -> Iterator[None]:
+    """DeepSpeed asks `torch.load` for any object, which could run code; inside, it gets tensors and three classes of its own."""
+    from deepspeed.runtime.fp16.loss_scaler import LossScaler
+    from deepspeed.runtime.zero.config import ZeroStageEnum
+    from deepspeed.utils.tensor_fragment import fragment_address
+
+    before = os.environ.get(_WEIGHTS_ONLY)
+    os.environ[_WEIGHTS_ONLY] = "1"
+    try:
+        with safe_globals([LossScaler, ZeroStageEnum, fragment_address]):
+            yield
+    finally:
+        del os.environ[_WEIGHTS_ONLY]
+        if before is not None:
+            os.environ[_WEIGHTS_ONLY] = before
 
 
 def _copied(value: Any) -> Any:

@@ -102,6 +102,14 @@ def test_what_a_checkpoint_holds(saved):
     assert state["sha256"].keys() == {"model.safetensors", "optimizer.pt"}
 
 
+def test_it_holds_the_settings_of_its_run_too(tmp_path):
+    (tmp_path / "config.yaml").write_text("run: {seed: 3}\n")
+    found = save(tmp_path / "checkpoints", 1, *with_optimizer())
+    assert (found.folder / "config.yaml").read_text() == "run: {seed: 3}\n"
+    (found.folder / "config.yaml").write_text("run: {seed: 4}\n")
+    assert "config.yaml is missing or damaged" in refusal(latest, tmp_path / "checkpoints")
+
+
 @pytest.mark.parametrize(("keep", "left"), [(1, [5]), (2, [4, 5]), (9, [1, 2, 3, 4, 5])])
 def test_the_newest_stay(tmp_path, keep, left):
     for step in range(1, 6):
@@ -386,6 +394,30 @@ def test_deepspeeds_own_files_are_saved_checked_and_loaded(tmp_path):
     assert same(state_of(restored), state_of(model))
     (tmp_path / "step-00000001" / "deepspeed" / "part-of-rank-0.pt").write_text("other")
     assert "deepspeed/part-of-rank-0.pt is missing or damaged" in refusal(latest, tmp_path)
+
+
+class _Object:
+    """Runs code where it is unpickled."""
+
+    def __init__(self, file: Path) -> None:
+        self.file = file
+
+    def __reduce__(self):
+        return Path.touch, (self.file,)
+
+
+def test_deepspeed_unpickles_no_objects(tmp_path):
+    class Loads(Engine):
+        def load_checkpoint(self, folder: str, tag: str) -> None:
+            torch.load(tmp_path / "objects.pt", weights_only=False)  # as DeepSpeed does
+
+    torch.save(_Object(tmp_path / "ran"), tmp_path / "objects.pt")
+    found = save(tmp_path / "run", 1, small(), None, engine=Engine())
+    said = refusal(load, found, small(), None, Loads())
+    assert said == f"checkpoint {found.folder}: deepspeed holds objects, which could run code"
+    assert not (tmp_path / "ran").exists()
+    torch.load(tmp_path / "objects.pt", weights_only=False)
+    assert (tmp_path / "ran").exists(), "elsewhere it is as it was"
 
 
 def test_the_kind_of_training_must_be_the_same(saved, tmp_path):

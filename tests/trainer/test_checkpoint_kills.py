@@ -27,16 +27,6 @@ def made() -> Trained:
     return Trained(model=model, optimizer=optimizer)
 
 
-def save_for_ever(folder: str, start: int) -> None:
-    """Weights of step n are all n."""
-    trained = made()
-    writer = Writer(Path(folder), trained, keep=1)
-    for step in range(start, start + 1000):
-        nn.init.constant_(trained.model.weight, step)
-        writer.save(step, wait=True)
-        Path(folder, "..", "saved").write_text(str(step))
-
-
 def save_and_die_at(folder: str, step: int, point: str, call: int) -> None:
     """Kills itself at the so-many-th call of a function that writing a checkpoint uses."""
     calls = [0]
@@ -72,23 +62,40 @@ def assert_whole(folder: Path, at_least: int) -> int:
     return found.step
 
 
+def save_one_more(folder: str, step: int, begun: str) -> None:
+    """Saves in a process that has everything loaded, so that it is killed in the write and not before it."""
+    trained = made()
+    nn.init.constant_(trained.model.weight, step)
+    Path(begun).touch()
+    Writer(Path(folder), trained, keep=1).save(step, wait=True)
+    Path(begun).unlink()
+    time.sleep(60)
+
+
 def test_fifty_kills_inside_a_write(tmp_path):
-    draw, folder, saved = random.Random(3), tmp_path / CHECKPOINTS, tmp_path / "saved"
-    nn_step, inside = 0, 0
-    for kill in range(50):
-        process = _context.Process(target=save_for_ever, args=(str(folder), nn_step + 1))
-        before = saved.read_text() if kill else ""
+    """Each between the first and the last thing that a write does."""
+    draw, folder, begun = random.Random(3), tmp_path / CHECKPOINTS, tmp_path / "begun"
+    trained = made()
+    nn.init.constant_(trained.model.weight, 1)
+    Writer(folder, trained, keep=1).save(1, wait=True)
+    step, inside, half_written = 1, 0, 0
+    for _ in range(500):
+        process = _context.Process(target=save_one_more, args=(str(folder), step + 1, str(begun)))
         process.start()
-        until = time.monotonic() + 20
-        while not saved.is_file() or saved.read_text() in ("", before) or not list(folder.glob(".step-*")):
+        until = time.monotonic() + 60
+        while not begun.is_file():
             assert time.monotonic() < until
-        time.sleep(draw.random() * 0.008)
+        time.sleep(draw.random() * 0.012)
         process.kill()
         process.join()
-        inside += bool(list(folder.glob(".step-*")))
-        nn_step = assert_whole(folder, at_least=int(saved.read_text() or 0))
-    assert nn_step >= 50
-    assert inside >= 15, "many of the kills hit a write"
+        inside += begun.is_file()
+        half_written += bool(list(folder.glob(".step-*")))
+        begun.unlink(missing_ok=True)
+        step = assert_whole(folder, at_least=step)
+        if inside == 50:
+            break
+    assert inside == 50
+    assert half_written >= 15, "many of the kills left something half written"
 
 
 @pytest.mark.parametrize("point", POINTS)
