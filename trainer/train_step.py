@@ -73,7 +73,8 @@ class TrainStep:
         self._cache.backward(mean.to(embeddings.dtype))
         left_out = self._engine.update(sums[2:].sum())
         self._statistics.restore(left_out)
-        self._memory.add(*gathered)
+        if self._memory.size and not left_out:  # waits for the device
+            self._memory.add(*gathered)
         d_ap, d_an = loss.hardest.distances(self.objective.squared)  # (b,)
         return StepStats(
             loss.total.detach(),

@@ -158,8 +158,10 @@ def test_a_step_in_which_no_triplet_is_active_changes_nothing():
 @pytest.mark.parametrize("bad", [math.nan, math.inf])
 @pytest.mark.parametrize("kind", ["smooth", "margin", "soft_margin"])
 @pytest.mark.parametrize("optimizer", ["sgd", "adamw"])
-def test_embeddings_that_are_not_finite_change_nothing(optimizer, kind, bad):
-    """Neither weights, nor the optimiser's state, nor running statistics; the next batch is learned from as if nothing was."""
+@pytest.mark.parametrize("memory", [0, 6])
+def test_embeddings_that_are_not_finite_change_nothing(memory, optimizer, kind, bad):
+    """Neither weights, nor the optimiser's state, nor running statistics, nor what is remembered; the next batch is learned from
+    as if nothing was."""
 
     class Odd(Table):
         def __init__(self) -> None:
@@ -174,7 +176,7 @@ def test_embeddings_that_are_not_finite_change_nothing(optimizer, kind, bad):
     def trained(adds: list[float]) -> tuple[Odd, list]:
         model = Odd()
         settings = OptimizerConfig(kind=optimizer, learning_rate=0.01, momentum=0.5)
-        step = step_of(model, make_optimizer(model, settings), kind=kind)
+        step = step_of(model, make_optimizer(model, settings), kind=kind, memory=memory, memory_start=0)
         flags = []
         for model.add in adds:
             flags.append(step(batch_of(IDENTITIES)).flags.tolist())
