@@ -166,6 +166,8 @@ class Board:
     def __init__(self) -> None:
         host, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
         self._store = dist.TCPStore(host, port, is_master=False, timeout=timedelta(seconds=5))
+        start = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")  # torchrun's store outlives the ranks that it starts again
+        self._place = f"facescale/{start}"
 
     @staticmethod
     def reachable() -> bool:
@@ -173,9 +175,9 @@ class Board:
         return world_size() > 1 and "MASTER_ADDR" in os.environ and "MASTER_PORT" in os.environ
 
     def post(self, text: str) -> None:
-        self._store.set(f"facescale/{rank()}", text)
+        self._store.set(f"{self._place}/{rank()}", text)
 
     def read(self) -> list[str]:
         """Of each rank, in order; empty where one has not posted yet."""
-        keys = [f"facescale/{number}" for number in range(world_size())]
+        keys = [f"{self._place}/{number}" for number in range(world_size())]
         return [self._store.get(key).decode() if self._store.check([key]) else "" for key in keys]

@@ -44,7 +44,7 @@ from trainer.model import Embedder, parameter_groups
 from trainer.precision import use_bf16
 from trainer.preemption import EXIT_PREEMPTED, Asked, Preempted, asked_to_stop
 from trainer.train_step import TrainStep, objective_of
-from trainer.watchdog import EXIT_STALLED, Watchdog
+from trainer.watchdog import Watchdog
 
 
 def train(config: TrainConfig, accelerator: Accelerator, watchdog: Watchdog, asked: Asked) -> None:
@@ -344,15 +344,17 @@ def main(argv: Sequence[str] | None = None, prog: str = "python -m trainer.train
     except (ValueError, OSError) as error:
         if os.environ.get("FACESCALE_TRACEBACK"):
             raise
+        said, code = " ".join(str(error).split()), 2 if isinstance(error, UsageError) else 1
         if first:
-            print(f"facescale: {' '.join(str(error).split())}", file=sys.stderr)
-        return 2 if isinstance(error, UsageError) else 1
+            print(f"facescale: {said}", file=sys.stderr)
+        if watchdog is not None:
+            watchdog.fail(said, code)
+        return code
     except RuntimeError as error:  # of a collective whose other end is gone, above all
-        reason = watchdog.explain() if watchdog is not None else ""
-        if not reason or os.environ.get("FACESCALE_TRACEBACK"):
+        verdict = watchdog.explain() if watchdog is not None else None
+        if watchdog is None or verdict is None or os.environ.get("FACESCALE_TRACEBACK"):
             raise
-        print(f"facescale: rank {rank()} of {world_size()} {reason} ({str(error).splitlines()[0]})", file=sys.stderr)
-        os._exit(EXIT_STALLED)  # leaving the process group would wait for the others
+        watchdog.give_up(verdict, str(error).splitlines()[0])  # leaving the process group would wait for the others
     except SystemExit as stop:  # --help
         return int(stop.code or 0)
     except KeyboardInterrupt:
@@ -361,6 +363,8 @@ def main(argv: Sequence[str] | None = None, prog: str = "python -m trainer.train
                 "facescale: interrupted; --run.resume goes on from the newest checkpoint, if there is one",
                 file=sys.stderr,
             )
+        if watchdog is not None:
+            watchdog.fail("it was interrupted", 1)
         return 1
     finally:
         shutdown()
