@@ -193,7 +193,7 @@ def _under_way(run: Path, batch: subprocess.Popen[str]) -> None:
 
 def test_slurm_preempts_and_requeues(slurm, recipe, tmp_path):
     """Its time is up: Slurm signals the ranks, the job is queued again, its second start goes on; also after a rank is killed."""
-    options = ("--config", str(recipe), "--run.steps", "60", "--run.stall-s", "20")
+    options = ("--config", str(recipe), "--run.steps", "60")
     batch = slurm.start(*options)
     _under_way(tmp_path / "run", batch)
     asked = time.monotonic()

@@ -1,4 +1,4 @@
-"""What the guard says and does, line of the log by line; a network that really collapses is in tests/distributed/test_faults.py."""
+"""What the guard says and does, line by line of the log; a real collapse is in tests/distributed/test_faults.py."""
 
 import pytest
 
