@@ -29,13 +29,15 @@ def add_set_options(parser: argparse.ArgumentParser) -> None:
 
 
 def sets_of(args: argparse.Namespace) -> "SetsConfig":
-    """What the options say.
+    """What the options say; the default where they name no set. Its seed is the command's.
 
     Raises:
         ValueError: see `SetsConfig`.
     """
     from trainer.evaluation.sets import SetsConfig
 
+    if not (args.pairs or args.images or args.bin or args.ijb or args.distractors):
+        return SetsConfig()
     return SetsConfig(
         pairs=tuple(args.pairs),
         images=args.images,

@@ -6,6 +6,7 @@ whatever the number of distractors.
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from hashlib import sha256
 from itertools import pairwise
 
 import numpy as np
@@ -14,6 +15,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from data_shards.index import ShardSet, Split
+from data_shards.reader import TarReader
 from trainer.evaluation.measures import Scalars
 from trainer.evaluation.prepared import Embed, Part, Report, embed_parts, shared_search
 from trainer.evaluation.protocols import SetResult
@@ -60,7 +62,8 @@ class DistractorSet:
 
 
 def distractor_set(name: str, source: ShardSet, joining: ShardSet, seed: int) -> DistractorSet:
-    """
+    """Finds probes, gallery and distractors, and draws the order in which these join.
+
     Args:
         source: the run's shards, with unseen identities.
         joining: all of its images are distractors, but for those that are, byte for byte, unseen images.
@@ -78,12 +81,26 @@ def distractor_set(name: str, source: ShardSet, joining: ShardSet, seed: int) ->
         found = f"{len(unseen.identities)} unseen identities, the largest of {unseen.counts.max()} images"
         raise ValueError(f"{source.path} has {found}; distractors need {RANKS[-1]} identities, one of them of 2 images")
     splits = [joining.split(split) for split in joining.splits]
-    theirs, ours = (np.concatenate([_checksums(split) for split in some]) for some in (splits, [unseen]))
-    strangers = np.flatnonzero(~np.isin(theirs, ours))
+    strangers = np.flatnonzero(~np.concatenate([_repeats(split, unseen) for split in splits]))
+    total = sum(map(len, splits))
     if not len(strangers):
         raise ValueError(f"distractors {joining.path} hold nothing but images of the unseen identities themselves")
     order = np.random.Generator(np.random.PCG64(seed)).permutation(strangers)
-    return DistractorSet(f"unseen identities among {name}", unseen, splits, order, len(theirs) - len(order))
+    return DistractorSet(f"unseen identities among {name}", unseen, splits, order, total - len(order))
+
+
+def _repeats(split: Split, unseen: Split) -> NDArray[np.bool_]:
+    """Which images of a split are unseen images byte for byte, shape (n,); only those of equal checksums are read.
+
+    Equal checksums are not enough: the CRC-32 of a PNG depends on little but the lengths of its parts.
+    """
+    theirs, ours = _checksums(split), _checksums(unseen)
+    found = np.isin(theirs, ours)
+    alike = np.flatnonzero(np.isin(ours, theirs[found]))
+    known = {sha256(data.tobytes()).digest() for data in TarReader(unseen).read(alike)}
+    candidates = np.flatnonzero(found)
+    found[candidates] = [sha256(data.tobytes()).digest() in known for data in TarReader(split).read(candidates)]
+    return found
 
 
 def _checksums(split: Split) -> NDArray[np.uint64]:

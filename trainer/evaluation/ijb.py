@@ -22,7 +22,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from data_shards.convert import ConvertConfig
-from data_shards.face_regions import COLUMNS
+from data_shards.face_regions import COLUMNS, NAME_COLUMN
 from data_shards.index import ShardSet, committed
 from data_shards.sources.lists import PictureList
 from data_shards.transform import TransformConfig
@@ -87,7 +87,7 @@ def ijb_set(
     beside = work / f"{lists.name}.images.csv", work / f"{lists.name}.points.csv"
     transform = TransformConfig(crop="align", size=image_size, format="png")
     config = ConvertConfig(holdout_identities=1.0, order="identity", transform=transform, regions=(str(beside[1]),))
-    source = PictureList(str(beside[0]), root=str(folder / _CROPS))
+    source = PictureList(str(beside[0]), root=str(folder))
     on_first_rank(lambda: _write_lists(lists, *beside))
     shards = converted(source, folder, work, config, lambda: [_state(folder), asdict(transform)])
     return on_all_ranks(
@@ -202,9 +202,10 @@ def _write_lists(lists: Lists, images: Path, points: Path) -> None:
     """Writes what the conversion reads: whose image each is, and its five points. Again the same does no harm."""
     images.parent.mkdir(parents=True, exist_ok=True)
     first = {key: row for row, key in reversed(list(enumerate(lists.keys)))}
-    _write(images, ("path", "identity"), ((key.partition("/")[2], key.partition("/")[0]) for key in first))
-    header = ("NAME_ID", *COLUMNS["landmarks"])
-    _write(points, header, ((key, *lists.points[row].tolist()) for key, row in first.items()))
+    named = {f"{_CROPS}/{lists.images[row]}": (key.partition("/")[0], row) for key, row in first.items()}
+    _write(images, ("path", "identity"), ((path, template) for path, (template, _) in named.items()))
+    header = (NAME_COLUMN, *COLUMNS["landmarks"])
+    _write(points, header, ((path, *lists.points[row].tolist()) for path, (_, row) in named.items()))
 
 
 def _write(path: Path, header: Iterable[Any], rows: Iterable[Iterable[Any]]) -> None:

@@ -6,7 +6,7 @@ pair, and a block of vectors.
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from math import sqrt
+from math import isfinite, sqrt
 from pathlib import Path
 
 import numpy as np
@@ -169,8 +169,8 @@ def root_distance(scores: Tensor) -> Tensor:
 def _fold_accuracy(scalars: Scalars, scores: Tensor, genuine: Tensor, folds: Tensor) -> Scalars:
     """Accuracy over folds, each with the threshold that is best on the others; the threshold that is best on all pairs."""
     limit = best_threshold(scores, genuine)
-    distance = sqrt(min(max(2 - 2 * limit, 0.0), 4.0))
-    found = {"verification_threshold": distance, "verification_folds": int(folds.max()) + 1}
+    distance = sqrt(max(0.0, 2 - 2 * limit)) if isfinite(limit) else None
+    found: Scalars = {"verification_threshold": distance, "verification_folds": int(folds.max()) + 1}
     if found["verification_folds"] < 2:
         names = ("verification_accuracy", "verification_std")
         scalars["refusals"] |= dict.fromkeys(names, "all pairs are in one fold; at least 2 are needed")

@@ -5,7 +5,7 @@ and of 60 bytes a pair (1 GB for the 15.7 million of IJB-C), on each rank, whate
 """
 
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from typing import Any, NamedTuple, Self
 
 import numpy as np
@@ -77,7 +77,7 @@ class TemplateSet:
         """The set with settings that it fits.
 
         Raises:
-            ValueError: pairs are all genuine or all impostors, or a gallery has fewer subjects than ranks.
+            ValueError: pairs are all genuine or all impostors, a gallery has fewer subjects than ranks, or none of the probes'.
         """
         genuine = int(self.genuine.sum())
         if genuine in (0, len(self.genuine)):
@@ -85,10 +85,11 @@ class TemplateSet:
             raise ValueError(f"{self.name} has {counts}; at least one of each is needed")
         for gallery in map(Gallery.there, self.galleries):
             subjects = len(np.unique(gallery.subjects))
+            called = f"{self.name}, gallery {gallery.name}"
             if subjects < ranks[-1]:
-                raise ValueError(
-                    f"{self.name}, gallery {gallery.name} has {subjects} subjects, but ranks go up to {ranks[-1]}; lower them"
-                )
+                raise ValueError(f"{called} has {subjects} subjects, but ranks go up to {ranks[-1]}; lower them")
+            if not np.isin(self.probes.there().subjects, gallery.subjects).any():
+                raise ValueError(f"{called}: no probe is of one of its {subjects} subjects; nobody is to be found")
         return replace(self, detector_scores=detector_scores, ranks=ranks, fars=fars, fpirs=fpirs)
 
     def judge(self, embedded: Embed, report: Report) -> SetResult:
@@ -120,24 +121,21 @@ class TemplateSet:
 
     def _identify(self, vectors: Tensor, device: str) -> tuple[Scalars, Curves]:
         """1:N against each gallery, and Rank-k against all of them together, as insightface reports it."""
-        probes, listed = (
-            self.probes.there(),
-            [(gallery.there(), np.isin(self.probes.there().subjects, gallery.subjects)) for gallery in self.galleries],
-        )
+        probes, galleries = self.probes.there(), [gallery.there() for gallery in self.galleries]
         found: list[Scalars] = []
-        for gallery, known in listed:
-            scalars, best, right = _ranked(vectors, gallery, probes, self.ranks, device)[:3]
+        for listed, gallery in zip(self.galleries, galleries, strict=True):
+            scalars, best, right, _ = _ranked(vectors, gallery, probes, self.ranks, device)
             mated = torch.from_numpy(np.isin(probes.subjects, gallery.subjects))
-            others = torch.from_numpy(~known)  # a probe whose template of the gallery is left out is neither
+            others = torch.from_numpy(~np.isin(probes.subjects, listed.subjects))  # not those whose mate is left out
             points = [_open_set_point(best[mated], right[mated], best[others], fpir) for fpir in self.fpirs]
             found.append({"gallery": gallery.name, **scalars, "nonmated": int(others.sum()), "tpir_at_fpir": points})
-        union = Gallery(
-            "all", *(np.concatenate(part) for part in zip(*(gallery[1:] for gallery, _ in listed), strict=True))
-        )
+        union = Gallery("all", *(np.concatenate(part) for part in zip(*(one[1:] for one in galleries), strict=True)))
         scalars, _, _, curve = _ranked(vectors, union, probes, self.ranks, device)
         rates = {name: value for name, value in scalars.items() if name.startswith("rank")}
         sizes = {"gallery": len(union.templates), "gallery_identities": scalars["subjects"], "probes": scalars["mated"]}
-        return {**rates, **sizes, "identification": [*found, {"gallery": "all", **scalars}]}, {"cmc": curve.numpy()}
+        points = [_mean_point([one["tpir_at_fpir"][number] for one in found]) for number in range(len(self.fpirs))]
+        all_of_them = {"identification": [*found, {"gallery": "all", **scalars}], "tpir_at_fpir": points}
+        return {**rates, **sizes, **all_of_them}, {"cmc": curve.numpy()}
 
 
 def template_scores(vectors: Tensor, pairs: NDArray[Any], device: str = "cpu") -> Tensor:
@@ -201,7 +199,13 @@ def _ranked(vectors: Tensor, gallery: Gallery, probes: Gallery, ranks: tuple[int
 
 def _open_set_point(mated: Tensor, right: Tensor, nonmated: Tensor, fpir: float) -> Scalars:
     try:
-        point = tpir_at_fpir(mated, right, nonmated, fpir)
+        return asdict(tpir_at_fpir(mated, right, nonmated, fpir)) | {"refused": None}
     except ValueError as reason:
         return {"target": fpir, "tpir": None, "refused": str(reason)}
-    return {**vars(point), "refused": None}
+
+
+def _mean_point(points: list[Scalars]) -> Scalars:
+    """Mean over the galleries, as IJB-B and IJB-C report it; refused where one of them is. No interval: they share probes."""
+    refused = [point["refused"] for point in points if point["refused"]]
+    means = {name: None if refused else float(np.mean([point[name] for point in points])) for name in ("fpir", "tpir")}
+    return {"target": points[0]["target"], **means, "low": None, "refused": refused[0] if refused else None}

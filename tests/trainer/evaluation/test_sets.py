@@ -12,7 +12,7 @@ from data_shards.index import ShardSet
 from data_shards.loader import LoaderConfig
 from data_shards.sources import insightface_bin
 from tests.data_shards.collections_on_disk import ORL, draw_collection, encoded, needs_orl
-from trainer.evaluation import results, set_shards
+from trainer.evaluation import set_shards
 from trainer.evaluation.embed import embed, raw_pixels
 from trainer.evaluation.pair_lists import read_pairs
 from trainer.evaluation.sets import SetsConfig, judge_sets
@@ -20,16 +20,6 @@ from trainer.evaluation.sets import SetsConfig, judge_sets
 LFW = Path(__file__).parents[4] / "shared" / "data" / "lfw_pairs.txt"
 DIRECTIONS = torch.nn.functional.normalize(torch.randn(6000, 16, generator=torch.Generator().manual_seed(0)))
 CONFIG = LoaderConfig(image_size=16, decode_threads=1)
-
-
-class Anything:
-    def __contains__(self, name):
-        return True
-
-
-@pytest.fixture(autouse=True)
-def any_set_may_be_judged(monkeypatch):
-    monkeypatch.setattr(results, "SETS", Anything())
 
 
 def pixels(split, samples):
