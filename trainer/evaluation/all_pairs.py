@@ -4,22 +4,27 @@ The threshold of a FAR is an order statistic of the impostor pairs' similarities
 must lie, all but certainly; the pass then counts the pairs above that bracket and keeps those within it; and the order statistic
 is picked among them. Where the bracket was wrong, which the counts show, it is widened and the pass made again: the result never
 depends on the draw. Nor on blocks, ranks or threads: float32 products only sort out what is clearly above or below, and what is
-closer than their error is compared in float64 (see `index`: a similarity *is* the float64 inner product rounded to float32).
+closer than their error is compared in float64 (see `similarity`: it *is* the float64 inner product rounded to float32).
 
-All ranks share the blocks. Memory: O(n d) for the embeddings, a block of similarities, and what the brackets keep.
+All ranks share the blocks. Memory: 4 n d bytes for the sorted embeddings, 8 MiB of similarities, and 24 bytes for each pair that
+the brackets keep: some five million; a set of so many pairs that its brackets held more has them cut down by counts first.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from math import ceil, floor, inf, sqrt
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from data_shards.counter_random import uniform
-from trainer.collectives import all_reduce_sum, gather_rows, rank, world_size
-from trainer.evaluation.index import TOLERANCE
+from trainer.collectives import all_reduce_sum, gather_rows
+from trainer.evaluation.distance_histograms import distance_histograms as distance_histograms
+from trainer.evaluation.pair_blocks import Sorted, genuine_pairs, impostor_blocks, similarities_of
+from trainer.evaluation.pair_blocks import sorted_by_identity as sorted_by_identity
+from trainer.evaluation.similarity import summing_error
 from trainer.metric.verification import OperatingPoint, allowed_at, wilson_interval
 
 DRAWN = 1 << 20
@@ -28,14 +33,14 @@ SURE = 4.0
 """Standard deviations of the draw's order statistics that a bracket spans on either side."""
 MOST_ABOVE = 1 << 20
 """Highest impostor pairs that are all kept, so that every small FAR is answered from them."""
-ROWS, COLUMNS = 512, 4096
-"""Similarities held at once."""
-MOST_KEPT = 1 << 25
+MOST_EXPECTED = 1 << 22
+"""Pairs that a bracket may hold; where the draw expects more, it is cut down first."""
+MOST_KEPT = 1 << 24
 """Pairs that a rank keeps in all brackets together; more share one similarity only where the embeddings have collapsed."""
-_PAIRS = 1 << 14
-"""Pairs compared one by one at a time."""
-_LOWEST = -2.0
-"""Below every similarity."""
+CUTS = 16
+"""Parts of a bracket that holds too many pairs, of which one stays."""
+_LOWEST, _HIGHEST = -1.001, 1.001
+"""Beyond all similarities."""
 
 
 @dataclass(frozen=True)
@@ -44,25 +49,6 @@ class Refused:
 
     target: float
     reason: str
-
-
-class Sorted(NamedTuple):
-    """A set in the order of its identities, so that genuine pairs lie beside the diagonal."""
-
-    embeddings: Tensor
-    """Unit vectors, float32, shape (n, d)."""
-    begins: Tensor
-    """Where each sample's identity begins, shape (n,), int64, on the CPU."""
-    ends: Tensor
-    """Where it ends."""
-
-    @property
-    def genuine_pairs(self) -> int:
-        return int((self.ends - torch.arange(len(self.ends)) - 1).sum())
-
-    @property
-    def impostor_pairs(self) -> int:
-        return len(self.ends) * (len(self.ends) - 1) // 2 - self.genuine_pairs
 
 
 class _Bracket(NamedTuple):
@@ -79,18 +65,6 @@ class _Kept(NamedTuple):
     """Float32 similarities within, shape (k,)."""
     pairs: Tensor
     """Their rows in the sorted set, shape (k, 2)."""
-
-
-def sorted_by_identity(embeddings: Tensor, identities: Tensor, device: str = "cpu") -> Sorted:
-    """
-    Args:
-        embeddings: unit vectors, shape (n, d). identities: shape (n,).
-    """
-    order = identities.cpu().argsort(stable=True)
-    _, counts = torch.unique_consecutive(identities.cpu()[order], return_counts=True)
-    ends = counts.cumsum(0)
-    at = embeddings.to("cpu", torch.float32)[order].contiguous().to(device)
-    return Sorted(at, (ends - counts).repeat_interleave(counts), ends.repeat_interleave(counts))
 
 
 def operating_points_of_all_pairs(
@@ -143,10 +117,11 @@ def _thresholds(samples: Sorted, allowed: Sequence[int], seed: int) -> dict[int,
     draw = _drawn(samples, seed)
     sure, found, left = SURE, dict[int, Threshold](), list(allowed)
     while left:
-        brackets = [_bracket(draw, count, samples.impostor_pairs, sure) for count in left]
-        merged = _merged(brackets)
+        wanted = {count: _bracket(samples, draw, count, sure) for count in left}
+        wanted = _narrowed(samples, draw, wanted)
+        merged = _merged(list(wanted.values()))
         kept = _pass(samples, merged)
-        for count, bracket in zip(list(left), brackets, strict=True):
+        for count, bracket in wanted.items():
             at = next(number for number, other in enumerate(merged) if other.low <= bracket.low <= other.high)
             if answer := _picked(samples, kept[at], merged[at], count):
                 found[count] = answer
@@ -165,21 +140,52 @@ def _drawn(samples: Sorted, seed: int) -> Tensor:
     second = second.clamp(max=count - 1)
     impostors = (second < samples.begins[first]) | (second >= samples.ends[first])
     pairs = torch.stack([first[impostors], second[impostors]], 1)[:DRAWN]
-    return _similarities(samples.embeddings, pairs).sort(descending=True).values
+    return similarities_of(samples.embeddings, pairs).sort(descending=True).values
 
 
-def _bracket(draw: Tensor, count: int, population: int, sure: float) -> _Bracket:
-    """Where the similarity lies that `count` of the population exceed."""
-    if population * len(draw) == 0:
+def _margin(samples: Sorted) -> float:
+    """Twice what a float32 product can be off."""
+    return 2 * summing_error(samples.embeddings.shape[1])
+
+
+def _bracket(samples: Sorted, draw: Tensor, count: int, sure: float) -> _Bracket:
+    """Where the similarity lies that `count` of the impostor pairs exceed."""
+    if not len(draw):
         return _Bracket(_LOWEST, inf)
-    share = count / population
+    share = count / samples.impostor_pairs
     middle, deviation = share * len(draw), sqrt(share * (1 - share) * len(draw))
     low, high = ceil(middle + sure * deviation + sure), floor(middle - sure * deviation - sure)
-    most = count <= MOST_ABOVE
+    most, margin = count <= MOST_ABOVE, 2 * _margin(samples)
     return _Bracket(
-        float(draw[low]) - 2 * TOLERANCE if low < len(draw) else _LOWEST,
-        float(draw[high]) + 2 * TOLERANCE if high >= 0 and not most else inf,
+        float(draw[low]) - margin if low < len(draw) else _LOWEST,
+        float(draw[high]) + margin if high >= 0 and not most else inf,
     )
+
+
+def _narrowed(samples: Sorted, draw: Tensor, wanted: Mapping[int, _Bracket]) -> dict[int, _Bracket]:
+    """Brackets that hold too many pairs to keep are cut down to the part in which, by the counts of a pass, the place is."""
+    brackets, population, margin = dict(wanted), samples.impostor_pairs, 2 * _margin(samples)
+
+    def expected(bracket: _Bracket) -> float:
+        return float(((draw >= bracket.low) & (draw <= bracket.high)).sum()) * population / max(1, len(draw))
+
+    wide = [count for count, bracket in brackets.items() if expected(bracket) > MOST_EXPECTED]
+    while wide:
+        cuts = {count: _cuts(brackets[count]) for count in wide}
+        counts = _above(samples, sorted({cut for some in cuts.values() for cut in some}))
+        for count in list(wide):
+            ends = [_LOWEST, *cuts[count], inf]
+            held = [population, *(counts[cut] for cut in cuts[count]), 0]  # pairs above each end, descending
+            at = next(number for number in range(len(held) - 1) if held[number] > count >= held[number + 1])
+            brackets[count] = _Bracket(ends[at] - margin, ends[at + 1] + margin)
+            if held[at] - held[at + 1] <= MOST_EXPECTED or ends[at + 1] - ends[at] < margin:
+                wide.remove(count)
+    return brackets
+
+
+def _cuts(bracket: _Bracket) -> list[float]:
+    ends = max(bracket.low, _LOWEST), min(bracket.high, _HIGHEST)
+    return [float(cut) for cut in np.linspace(*ends, CUTS + 1, dtype=np.float32)]
 
 
 def _merged(brackets: Sequence[_Bracket]) -> list[_Bracket]:
@@ -193,56 +199,59 @@ def _merged(brackets: Sequence[_Bracket]) -> list[_Bracket]:
     return merged
 
 
+def _above(samples: Sorted, limits: Sequence[float]) -> dict[float, int]:
+    """Impostor pairs whose float32 similarity exceeds each limit."""
+    counts = torch.zeros(len(limits), dtype=torch.int64)
+    for _, _, block in impostor_blocks(samples):
+        values = _comparable(block)
+        counts += torch.tensor([_count(values > limit) for limit in limits])
+    return dict(zip(limits, all_reduce_sum(counts).tolist(), strict=True))
+
+
 def _pass(samples: Sorted, brackets: Sequence[_Bracket]) -> list[_Kept]:
     """Compares all impostor pairs of this rank's blocks with the brackets; what all ranks found together."""
-    device = samples.embeddings.device
-    above = torch.zeros(len(brackets), dtype=torch.int64, device=device)
-    scores: list[list[Tensor]] = [[] for _ in brackets]
-    pairs: list[list[Tensor]] = [[] for _ in brackets]
-    room = MOST_KEPT
-    for row, column, block in _impostor_blocks(samples):
-        for number, (low, high) in enumerate(brackets):
-            if high < inf:
-                above[number] += torch.count_nonzero(block > high)
-            within = (block >= low).logical_and_(block <= high) if high < inf else block >= low
-            places = within.nonzero()  # (k, 2)
-            room -= len(places)
-            if len(places) and room >= 0:
-                scores[number].append(block[places[:, 0], places[:, 1]])
-                pairs[number].append(places + torch.tensor([row, column], device=device))
+    above = torch.zeros(len(brackets), dtype=torch.int64)
+    scores, pairs, room = [torch.empty(0)], [torch.empty((0, 2), dtype=torch.int32)], MOST_KEPT
+    for row, column, block in impostor_blocks(samples):
+        places = _within(block, brackets, above)
+        room -= len(places)
+        if len(places) and room >= 0:
+            scores.append(block.flatten()[places].cpu())
+            width, at = block.shape[1], places.cpu()
+            pairs.append(torch.stack([row + at // width, column + at % width], 1).int())
+    if all_reduce_sum(torch.tensor(int(room < 0))):
+        within = f"{MOST_KEPT:,} impostor pairs lie within {2 * _margin(samples):g} of a threshold"
+        raise ValueError(f"more than {within}: the embeddings have collapsed")
     above = all_reduce_sum(above)
-    if all_reduce_sum(torch.tensor(int(room < 0), device=device)):
-        raise ValueError(
-            f"more than {MOST_KEPT:,} impostor pairs lie within {2 * TOLERANCE:g} of a threshold: the embeddings have collapsed"
-        )
-    empty, none = torch.empty(0, device=device), torch.empty((0, 2), dtype=torch.int64, device=device)
-    return [
-        _Kept(
-            int(above[number]),
-            gather_rows(torch.cat([empty, *scores[number]])),
-            gather_rows(torch.cat([none, *pairs[number]])),
-        )
-        for number in range(len(brackets))
-    ]
+    every_score, every_pair = gather_rows(torch.cat(scores)), gather_rows(torch.cat(pairs))
+    kept = []
+    for number, (low, high) in enumerate(brackets):
+        mine = (every_score >= low) & (every_score <= high)
+        kept.append(_Kept(int(above[number]), every_score[mine], every_pair[mine]))
+    return kept
 
 
-def _impostor_blocks(samples: Sorted) -> Iterator[tuple[int, int, Tensor]]:
-    """First row, first column and float32 similarities of each block of this rank; -inf where no impostor pair is."""
-    embeddings, count = samples.embeddings, len(samples.embeddings)
-    out = embeddings.new_empty(ROWS * COLUMNS)
-    for row in range(rank() * ROWS, count, world_size() * ROWS):
-        mine = embeddings[row : row + ROWS]
-        last = int(samples.ends[min(row + ROWS, count) - 1])  # from here on all columns are of other identities
-        for begin, end in ((row, last), (last, count)):
-            for column in range(begin, end, COLUMNS):
-                theirs = embeddings[column : min(column + COLUMNS, end)]
-                block = out[: len(mine) * len(theirs)].view(len(mine), len(theirs))
-                torch.mm(mine, theirs.T, out=block)
-                if begin == row:
-                    ends = samples.ends[row : row + len(mine), None]
-                    columns = torch.arange(column, column + len(theirs))
-                    block.masked_fill_((columns < ends).to(block.device), -inf)
-                yield row, column, block
+def _within(block: Tensor, brackets: Sequence[_Bracket], above: Tensor) -> Tensor:
+    """Where the pairs of a block lie that are in a bracket, shape (k,); counts those above each."""
+    values, inside = _comparable(block), _comparable(torch.zeros_like(block, dtype=torch.bool))
+    for number, (low, high) in enumerate(brackets):
+        inside ^= values >= low  # brackets do not overlap
+        if high < inf:
+            over = values > high
+            above[number] += _count(over)
+            inside ^= over
+    if isinstance(inside, np.ndarray):
+        return torch.from_numpy(np.flatnonzero(inside))
+    return inside.flatten().nonzero()[:, 0]
+
+
+def _comparable(block: Tensor) -> Any:
+    """On a CPU numpy's view of it: numpy compares five times as fast as torch."""
+    return block.numpy() if block.device.type == "cpu" else block
+
+
+def _count(mask: Any) -> int:
+    return int(np.count_nonzero(mask) if isinstance(mask, np.ndarray) else torch.count_nonzero(mask))
 
 
 def _picked(samples: Sorted, kept: _Kept, bracket: _Bracket, count: int) -> Threshold | None:
@@ -250,13 +259,14 @@ def _picked(samples: Sorted, kept: _Kept, bracket: _Bracket, count: int) -> Thre
     place = count - kept.above  # in descending order of what was kept
     if not 0 <= place < len(kept.scores):
         return None
+    margin = _margin(samples)
     middle = float(kept.scores.kthvalue(len(kept.scores) - place).values)
-    low, high = middle - TOLERANCE, middle + TOLERANCE
+    low, high = middle - margin, middle + margin
     if low < bracket.low or high > bracket.high:
         return None
     surely = kept.above + int((kept.scores > high).sum())
     close = (kept.scores >= low) & (kept.scores <= high)
-    exact = _similarities(samples.embeddings, kept.pairs[close]).sort(descending=True).values
+    exact = similarities_of(samples.embeddings, kept.pairs[close]).sort(descending=True).values
     threshold = exact[count - surely]
     return Threshold(float(threshold), surely + int((exact > threshold).sum()))
 
@@ -265,28 +275,8 @@ def _accepted(samples: Sorted, thresholds: Sequence[float]) -> list[int]:
     """Genuine pairs above each threshold."""
     limits = torch.tensor(thresholds, dtype=torch.float32)
     counts = torch.zeros(len(limits), dtype=torch.int64)
-    for pairs in _genuine_pairs(samples):
-        scores = _similarities(samples.embeddings, pairs).cpu()
+    for pairs in genuine_pairs(samples):
+        scores = similarities_of(samples.embeddings, pairs).cpu()
         counts += torch.stack([(scores > limit).sum() for limit in limits]) if len(limits) else 0
-    found: list[int] = all_reduce_sum(counts.to(samples.embeddings.device)).tolist()
+    found: list[int] = all_reduce_sum(counts).tolist()
     return found
-
-
-def _genuine_pairs(samples: Sorted) -> Iterator[Tensor]:
-    """This rank's share of the genuine pairs, some at a time, shape (k, 2)."""
-    later = samples.ends - torch.arange(len(samples.ends)) - 1  # partners behind each sample
-    before = later.cumsum(0) - later
-    total = int(later.sum())
-    for begin in range(rank() * _PAIRS, total, world_size() * _PAIRS):
-        numbers = torch.arange(begin, min(begin + _PAIRS, total))
-        first = torch.searchsorted(before, numbers, right=True) - 1
-        yield torch.stack([first, first + 1 + numbers - before[first]], 1)
-
-
-def _similarities(embeddings: Tensor, pairs: Tensor) -> Tensor:
-    """The similarity by definition of each pair of rows, float32, shape (k,)."""
-    parts = [
-        (embeddings[some[:, 0]].double() * embeddings[some[:, 1]].double()).sum(1).float()
-        for some in pairs.to(embeddings.device).split(_PAIRS)
-    ]
-    return torch.cat(parts) if parts else embeddings.new_empty(0)

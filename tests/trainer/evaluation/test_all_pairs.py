@@ -1,6 +1,7 @@
 """Operating points over all pairs against the definition on stored scores, on one to three processes."""
 
 import re
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -9,13 +10,21 @@ from torch import Tensor
 from torch.nn.functional import normalize
 
 from tests.distributed.processes import in_processes
-from trainer.evaluation import all_pairs
+from trainer.evaluation import all_pairs, pair_blocks
 from trainer.evaluation.all_pairs import Refused, operating_points_of_all_pairs, sorted_by_identity
 from trainer.metric.verification import OperatingPoint, tar_at_far
 
 FARS = (0.3, 0.1, 0.03, 0.01, 1e-3, 1e-4, 1e-5)
-SMALL = {"DRAWN": 4000, "MOST_ABOVE": 50, "ROWS": 37, "COLUMNS": 101, "_PAIRS": 64}
+SMALL = {"DRAWN": 4000, "MOST_ABOVE": 50}
 """So that a set of 700 goes the way that one of millions goes."""
+BLOCKS = {"ROWS": 37, "COLUMNS": 101, "PAIRS": 64}
+
+
+def small(put: Callable[..., None], **others: int) -> None:
+    for name, value in (SMALL | others).items():
+        put(all_pairs, name, value)
+    for name, value in BLOCKS.items():
+        put(pair_blocks, name, value)
 
 
 def faces(count: int = 700, identities: int = 60, seed: int = 0, step: float = 0.0) -> tuple[Tensor, Tensor]:
@@ -53,8 +62,7 @@ def assert_as_defined(found: list[OperatingPoint | Refused], embeddings: Tensor,
 @pytest.mark.parametrize("step", [0.0, 0.8], ids=["all different", "many ties"])
 def test_it_is_the_definition(step, monkeypatch):
     embeddings, labels = faces(step=step)
-    for name, value in SMALL.items():
-        monkeypatch.setattr(all_pairs, name, value)
+    small(monkeypatch.setattr)
     found = operating_points_of_all_pairs(sorted_by_identity(embeddings, labels), FARS)
     assert_as_defined(found, embeddings, labels)
     assert isinstance(found[-1], Refused)
@@ -67,8 +75,7 @@ def test_brackets_keep_few_pairs(monkeypatch):
     kept = []
     inner = all_pairs._pass
     monkeypatch.setattr(all_pairs, "_pass", lambda *given: kept.append(inner(*given)) or kept[-1])
-    for name, value in (SMALL | {"DRAWN": 100_000}).items():
-        monkeypatch.setattr(all_pairs, name, value)
+    small(monkeypatch.setattr, DRAWN=100_000)
     operating_points_of_all_pairs(sorted_by_identity(embeddings, labels), (0.1, 0.01))
     assert len(kept) == 1, "one pass"
     assert sum(len(part.scores) for part in kept[0]) < 6000
@@ -81,11 +88,27 @@ def test_a_wrong_bracket_is_noticed_and_widened(monkeypatch):
     inner = all_pairs._pass
     monkeypatch.setattr(all_pairs, "_pass", lambda *given: passes.append(1) or inner(*given))
     monkeypatch.setattr(all_pairs, "SURE", 0.01)
-    for name, value in SMALL.items():
-        monkeypatch.setattr(all_pairs, name, value)
+    small(monkeypatch.setattr)
     found = operating_points_of_all_pairs(sorted_by_identity(embeddings, labels), FARS)
     assert_as_defined(found, embeddings, labels)
     assert len(passes) > 1
+
+
+@pytest.mark.parametrize("sure", [4.0, 0.01], ids=["right brackets", "wrong brackets"])
+def test_brackets_that_hold_too_many_pairs_are_cut_down(sure, monkeypatch):
+    """What would be kept of a set of 10^11 pairs is too much; the result is the same."""
+    embeddings, labels = faces()
+    kept, counted = [], []
+    inner, above = all_pairs._pass, all_pairs._above
+    monkeypatch.setattr(all_pairs, "_pass", lambda *given: kept.append(inner(*given)) or kept[-1])
+    monkeypatch.setattr(all_pairs, "_above", lambda *given: counted.append(1) or above(*given))
+    small(monkeypatch.setattr, MOST_EXPECTED=300, MOST_KEPT=10_000, MOST_ABOVE=5)
+    monkeypatch.setattr(all_pairs, "SURE", sure)
+    found = operating_points_of_all_pairs(sorted_by_identity(embeddings, labels), FARS[:3])
+    for far, point in zip(FARS[:3], found, strict=True):
+        assert point == tar_at_far(*stored(embeddings, labels), far)
+    assert counted or sure < 1
+    assert max(len(part.scores) for part in kept[-1]) < 1000
 
 
 def test_where_all_pairs_fit_all_are_kept():
@@ -95,12 +118,11 @@ def test_where_all_pairs_fit_all_are_kept():
 
 
 def on_a_rank() -> list[Any]:
-    for name, value in SMALL.items():
-        setattr(all_pairs, name, value)
+    small(setattr)
     return operating_points_of_all_pairs(sorted_by_identity(*faces()), FARS)
 
 
-@pytest.mark.parametrize("ranks", [2, 3])
+@pytest.mark.parametrize("ranks", [1, 2, 3])
 def test_any_number_of_ranks_has_the_same_result(ranks):
     embeddings, labels = faces()
     for found in in_processes(ranks, on_a_rank):
@@ -119,8 +141,7 @@ def test_a_hand_computed_case():
 
 
 def collapsed() -> str:
-    for name, value in (SMALL | {"MOST_KEPT": 1000}).items():
-        setattr(all_pairs, name, value)
+    small(setattr, MOST_KEPT=1000)
     one_point = normalize(torch.ones(700, 16) + 1e-7 * torch.arange(700)[:, None])
     try:
         operating_points_of_all_pairs(sorted_by_identity(one_point, torch.arange(700) % 60), [0.1])
@@ -146,3 +167,8 @@ def test_a_collapsed_network_is_said_by_all_ranks():
 def test_what_has_no_answer_is_refused(labels, fars, said):
     with pytest.raises(ValueError, match=said):
         operating_points_of_all_pairs(sorted_by_identity(torch.eye(3), torch.tensor(labels)), fars)
+
+
+def test_what_is_not_finite_is_refused():
+    with pytest.raises(ValueError, match="the embeddings hold a number that is not finite"):
+        sorted_by_identity(torch.tensor([[1.0, torch.nan]]), torch.tensor([0]))
