@@ -37,6 +37,7 @@ _WHOLE = 1 << 22
 """Similarities held at once where probes are compared with the whole gallery in float64."""
 
 
+@torch.inference_mode(False)  # a mode that the threads below would not share
 def nearest(gallery: Rows, probes: Rows, k: int, device: str = "cpu") -> tuple[Tensor, Tensor]:
     """See `index.search`, whose arguments these are, already checked for their shapes; the gallery may be a memory map.
 

@@ -112,6 +112,28 @@ def test_rows_of_other_lengths_keep_their_order():
     assert_same(nearest(gallery, probes, 4), oracle(gallery, probes, 4))
 
 
+@pytest.mark.usefixtures("small", "tried")
+def test_embeddings_made_for_inference_are_searched_in_that_mode():
+    with torch.inference_mode():
+        gallery, probes = vectors(1003), vectors(45, seed=1)
+        found = nearest(gallery, probes, 5)
+    assert_same(found, oracle(gallery, probes, 5))
+    assert_same(nearest(gallery, probes, 5), found)
+
+
+def test_threads_are_given_back_and_do_not_matter():
+    gallery, probes = vectors(3000), vectors(300, seed=1)
+    threads = torch.get_num_threads()
+    try:
+        torch.set_num_threads(3)
+        found = nearest(gallery, probes, 5)
+        assert torch.get_num_threads() == 3
+        torch.set_num_threads(1)
+        assert_same(nearest(gallery, probes, 5), found)
+    finally:
+        torch.set_num_threads(threads)
+
+
 def test_no_probes_have_no_neighbours():
     similarities, positions = nearest(vectors(500), torch.empty(0, 32), 3)
     assert (similarities.shape, positions.shape) == ((0, 3), (0, 3))
