@@ -1,10 +1,11 @@
 """Batch-hard mining and its loss, forward and backward, beside pytorch-metric-learning, a masked matrix and the bare product.
 
-    python benchmarks/mining.py [--rounds 3] [--out benchmarks/results/mining.json]
+    python benchmarks/mining.py [--rounds 3] [--sizes 8192x128 …] [--out benchmarks/results/mining.json]
 
 Every measurement is a process of its own (peak memory is a process's). Contenders take turns. N embeddings of d dimensions in
 identities of 4, float32, margin 0.2, root distance, loss averaged over active triplets. `product` is the N x N x d matrix
-product alone, forward alone, into memory that is there already. Needs `pip install pytorch-metric-learning` for that contender.
+product alone, forward alone, into memory that is there already. What the file holds of other sizes stays. Needs `pip install
+pytorch-metric-learning` for that contender.
 """
 
 import argparse
@@ -105,14 +106,15 @@ def _contender(name, embeddings, identities):
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--sizes", nargs="*", default=[f"{count}x{size}" for count, size in SIZES], help="N x d")
     parser.add_argument("--out", type=Path)
     parser.add_argument("--one", nargs=3, help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.one:
         print(json.dumps(measured(args.one[0], int(args.one[1]), int(args.one[2]))))
         return 0
-    found = {}
-    for count, size in SIZES:
+    found = json.loads(args.out.read_text())["sizes"] if args.out and args.out.is_file() else {}
+    for count, size in (map(int, asked.split("x")) for asked in args.sizes):
         taken: dict[str, list[dict[str, float]]] = {name: [] for name in CONTENDERS}
         for number in range(args.rounds):
             shift = number % len(CONTENDERS)

@@ -464,6 +464,7 @@ def test_ranks_that_differ_are_named_before_the_first_step(shards, tmp_path):
     assert not (tmp_path / "run").exists()
 
 
+@pytest.mark.timeout(900)
 @pytest.mark.parametrize("stage", [1, 2])
 def test_deepspeed_is_killed_and_goes_on_bit_identical(shards, tmp_path, stage):
     """ZeRO-1 and -2: killed in a start, in steps and in writes, asked to stop, its newest checkpoint damaged."""
