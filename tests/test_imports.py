@@ -11,6 +11,7 @@ ROOT = Path(__file__).resolve().parents[1]
 LEVELS = {
     "best": 0,
     "config": 0,
+    "devices": 0,
     "heartbeats": 0,
     "precision": 0,
     "preemption": 0,

@@ -2,13 +2,13 @@
 
 import argparse
 import os
-import re
 import sys
 from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
 from typing import NoReturn
 
+from trainer.cli_evaluate import add_embed, add_evaluate
 from trainer.cli_report import add_report
 from trainer.cli_shards import add_shard, add_shards, add_verify
 
@@ -33,7 +33,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     except (ValueError, OSError) as error:
         if os.environ.get("FACESCALE_TRACEBACK"):
             raise
-        print(f"facescale: {' '.join(str(error).split())}", file=sys.stderr)
+        if os.environ.get("LOCAL_RANK", "0") == "0":
+            print(f"facescale: {' '.join(str(error).split())}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
         print("facescale: interrupted", file=sys.stderr)
@@ -52,9 +53,7 @@ def _parser() -> argparse.ArgumentParser:
         _add_synthesize,
         _add_shards,
         _add_train,
-        _add_embed,
-        _add_evaluate,
-        lambda added: add_report(partial(_command, added)),
+        _add_evaluation,
         _add_doctor,
     ):
         add(commands)
@@ -109,58 +108,9 @@ def _add_train(commands: argparse._SubParsersAction) -> None:
     _command(commands, "train", f"{text} {_DISTRIBUTED}", lambda _: 0)
 
 
-def _add_embed(commands: argparse._SubParsersAction) -> None:
-    parser = _command(commands, "embed", "Write the embeddings of a split with a run's newest checkpoint.", _embed)
-    parser.add_argument("run", type=Path, metavar="RUN", help="run folder of `facescale train`")
-    parser.add_argument(
-        "out", type=Path, metavar="OUT", help="folder to make: embeddings.npy, identities.npy, keys.txt"
-    )
-    parser.add_argument("--shards", type=Path, help="shards to embed; the run's own if not given")
-    parser.add_argument("--split", default="unseen_identities", help="train, unseen_identities or unseen_images")
-    _add_device(parser)
-
-
-def _embed(args: argparse.Namespace) -> int:
-    from trainer.evaluation.run import write_embeddings
-
-    count, size = write_embeddings(
-        args.run, args.out, shards=args.shards, split=args.split, device=_device(args.device)
-    )
-    print(f"{count:,} embeddings of {size} dimensions in {args.out}")
-    return 0
-
-
-def _add_evaluate(commands: argparse._SubParsersAction) -> None:
-    text = "Judge a run's newest checkpoint on held-out identities and images, raw pixels beside it."
-    parser = _command(commands, "evaluate", text, _evaluate)
-    parser.add_argument("run", type=Path, metavar="RUN", help="run folder of `facescale train`")
-    parser.add_argument("--shards", type=Path, help="shards to evaluate on; the run's own if not given")
-    parser.add_argument("--gallery-images", type=int, default=1, help="Rank-k: first images of each identity enrolled")
-    parser.add_argument(
-        "--closed-gallery-images",
-        type=int,
-        default=20,
-        help="closed set: training images of each identity enrolled for kNN",
-    )
-    parser.add_argument("--knn", type=int, nargs="+", default=[1, 5, 20], help="numbers of voting neighbours")
-    parser.add_argument("--seed", type=int, default=0, help="draws the verification pairs")
-    _add_device(parser)
-
-
-def _evaluate(args: argparse.Namespace) -> int:
-    from trainer.evaluation.protocols import ProtocolConfig
-    from trainer.evaluation.run import evaluate
-    from trainer.evaluation.tables import main_table, rank1_line
-
-    protocol = ProtocolConfig(
-        gallery_images_per_identity=args.gallery_images,
-        closed_gallery_images=args.closed_gallery_images,
-        knn=tuple(sorted(set(args.knn))),
-        seed=args.seed,
-    )
-    rows = evaluate(args.run, shards=args.shards, protocol=protocol, device=_device(args.device))
-    print(f"{main_table(rows)}\n\n{rank1_line(rows)}")
-    return 0
+def _add_evaluation(commands: argparse._SubParsersAction) -> None:
+    for add in (add_embed, add_evaluate, add_report):
+        add(partial(_command, commands))
 
 
 def _add_doctor(commands: argparse._SubParsersAction) -> None:
@@ -182,23 +132,6 @@ def _doctor(args: argparse.Namespace) -> int:
 
 def _add_workers(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--workers", type=int, help="processes; one a core if not given")
-
-
-def _add_device(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--device", default="auto", help="cpu, cuda, cuda:N, or auto: the GPU where there is one")
-
-
-def _device(name: str) -> str:
-    import torch
-
-    available = torch.cuda.is_available()
-    if name == "auto":
-        return "cuda:0" if available else "cpu"
-    if not re.fullmatch(r"cpu|cuda(:\d+)?", name):
-        raise ValueError(f"--device is {name!r}; allowed are auto, cpu, cuda and cuda:N")
-    if name.startswith("cuda") and not available:
-        raise ValueError(f"--device is {name}, but PyTorch sees no GPU here; use cpu")
-    return name
 
 
 if __name__ == "__main__":

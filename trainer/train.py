@@ -36,6 +36,7 @@ from trainer.checkpoint import Trained
 from trainer.collapse import CollapseGuard
 from trainer.collectives import barrier, rank, shutdown, world_size
 from trainer.config import CONFIG, OptimizerConfig, RunConfig, TrainConfig, UsageError, load, parse, save
+from trainer.devices import share_cores
 from trainer.engine import DeepSpeedEngine, Engine, PlainEngine
 from trainer.evaluation.run import check_in_training, evaluate_in_training
 from trainer.flags import Flags, Verdict
@@ -297,8 +298,7 @@ def make_accelerator(config: RunConfig) -> Accelerator:
         limit = timedelta(seconds=config.stall_s + 60)  # the watchdog is to speak first
         handlers.append(InitProcessGroupKwargs(backend="gloo" if cpu else "nccl", timeout=limit))
     if cpu:
-        local_ranks = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
-        torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // local_ranks))
+        share_cores()
     accelerator = Accelerator(
         cpu=cpu and not deepspeed,  # accelerate takes cpu=True for "not DeepSpeed"
         mixed_precision="no",  # the model's own autocast is what run.precision sets

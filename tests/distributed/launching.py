@@ -17,10 +17,7 @@ def launch(
     """Runs training with these `--section.key value` options; raises with its output if it fails and `check` says so."""
     environment = {name: value for name, value in os.environ.items() if not name.startswith("ACCELERATE_")}
     environment |= {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"} | ({} if gpu else {"CUDA_VISIBLE_DEVICES": ""})
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    where = ["--config_file", config_file, "--num_processes", str(processes), "--main_process_port", str(port)]
+    where = ["--config_file", config_file, "--num_processes", str(processes), "--main_process_port", str(free_port())]
     command = [sys.executable, "-m", "accelerate.commands.accelerate_cli", "launch", *where, "-m", "trainer.train"]
     done = subprocess.run(
         [*command, *map(str, options)],
@@ -33,6 +30,13 @@ def launch(
     )
     assert not check or done.returncode == 0, f"{done.stdout[-3000:]}\n{done.stderr[-6000:]}"
     return done
+
+
+def free_port() -> int:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        found: int = free.getsockname()[1]
+        return found
 
 
 def log(run: Path, name: str = "log.jsonl") -> list[dict[str, float]]:

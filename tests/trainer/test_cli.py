@@ -14,8 +14,8 @@ from matplotlib.figure import Figure
 from data_shards.convert import ConvertConfig, convert
 from data_shards.index import ShardSet
 from tests.data_shards.collections_on_disk import draw_collection, every_file
-from trainer import cli
 from trainer.cli import main
+from trainer.devices import resolve
 
 pytestmark = pytest.mark.usefixtures("fresh_accelerate")
 
@@ -136,7 +136,8 @@ def test_embed_writes_the_held_out_identities_in_the_splits_order(run, shards, t
     assert identities.tolist() == split.samples["identity"].tolist() == np.repeat([1, 4, 7, 10, 11], 6).tolist()
     keys = (tmp_path / "out" / "keys.txt").read_text().splitlines()
     assert keys == [f"n{identity:02d}/{image:03d}" for identity in (1, 4, 7, 10, 11) for image in range(6)]
-    assert {path.name for path in (tmp_path / "out").iterdir()} == {"embeddings.npy", "identities.npy", "keys.txt"}
+    names = {path.name for path in (tmp_path / "out").iterdir()}
+    assert names == {"embeddings.json", "embeddings.npy", "identities.npy", "keys.txt"}
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
 
 
@@ -396,9 +397,9 @@ def test_devices_that_are_none(fails, run, device):
 def test_a_gpu_that_is_not_there(fails, run, monkeypatch):
     monkeypatch.setattr("torch.cuda.is_available", lambda: False)
     assert fails("evaluate", run, "--device", "cuda:1") == "--device is cuda:1, but PyTorch sees no GPU here; use cpu"
-    assert cli._device("auto") == "cpu"
+    assert resolve("auto") == "cpu"
     monkeypatch.setattr("torch.cuda.is_available", lambda: True)
-    assert [cli._device(name) for name in ("auto", "cpu", "cuda", "cuda:12")] == ["cuda:0", "cpu", "cuda", "cuda:12"]
+    assert [resolve(name) for name in ("auto", "cpu", "cuda", "cuda:12")] == ["cuda:0", "cpu", "cuda", "cuda:12"]
 
 
 @pytest.mark.parametrize(("option", "value"), [("--identities", 0), ("--images-per-identity", 0), ("--size", 31)])

@@ -5,6 +5,7 @@ Not yet run, for want of a GPU: the pair similarities on a CUDA `device` (in `op
 
 from collections.abc import Sequence
 from dataclasses import asdict
+from math import isfinite, sqrt
 from typing import Any
 
 import numpy as np
@@ -12,13 +13,28 @@ import torch
 from torch import Tensor
 from torch.nn.functional import relu, softplus
 
+from trainer.evaluation.all_pairs import Refused, operating_points_of_all_pairs
+from trainer.evaluation.distance_histograms import distance_histograms
 from trainer.evaluation.draws import Pairs, draw_identities, draw_triplets
-from trainer.evaluation.index import search
+from trainer.evaluation.pair_blocks import sorted_by_identity
+from trainer.evaluation.rank_search import search
 from trainer.metric.distances import paired_distance, pairwise_squared
-from trainer.metric.identification import centroids, cumulative_match, majority_vote, mated_ranks, without_self
+from trainer.metric.identification import (
+    centroids,
+    cumulative_match,
+    cumulative_match_band,
+    distance_vote,
+    majority_vote,
+    mated_ranks,
+    split_gallery,
+    tpir_at_fpir,
+    without_self,
+)
 from trainer.metric.verification import (
+    OperatingPoint,
     Roc,
     area_under_curve,
+    best_threshold,
     equal_error_rate,
     fold_accuracies,
     pair_similarities,
@@ -42,35 +58,104 @@ Set = tuple[Tensor, Tensor]
 """Unit embeddings, shape (n, d), and their identities, shape (n,)."""
 
 
-def rank_k(gallery: Set, probes: Set, ranks: Sequence[int], device: str) -> tuple[Scalars, Curves]:
-    """rank1, ... and the CMC up to rank 50; a rank counts identities, each at the place of its best gallery image."""
+def rank_k(
+    gallery: Set,
+    probes: Set,
+    ranks: Sequence[int],
+    device: str,
+    own: Tensor | None = None,
+    draws: int = 0,
+    seed: int = 0,
+) -> tuple[Scalars, Curves]:
+    """rank1, ... and the CMC up to rank 50; a rank counts identities, each at the place of its best gallery image.
+
+    Args:
+        own: each probe's own place in the gallery, which does not count; None where probes are not enrolled.
+        draws: of the bootstrap over identities for the band of the CMC; 0 draws none.
+    Returns:
+        curves cmc and, with draws, cmc_low and cmc_high, shape (ranks,); and, by ascending identity, identity_labels,
+        identity_rank1 and identity_probes, shape (identities,).
+    """
     enrolled, counts = gallery[1].unique(return_counts=True)
     longest = min(len(enrolled), max(LONGEST_RANK, ranks[-1]))
-    reach = min(len(gallery[1]), longest * int(counts.max()))  # so many images hold `longest` identities in any case
-    _, positions = search(gallery[0], probes[0], reach, device)
-    curve = cumulative_match(mated_ranks(gallery[1][positions], probes[1]), longest)
+    others = len(gallery[1]) - (own is not None)
+    reach = min(others, longest * int(counts.max()))  # so many images hold `longest` identities in any case
+    _, positions = search(gallery[0], probes[0], reach + (own is not None), device)
+    positions = positions if own is None else without_self(positions, own)
+    found = mated_ranks(gallery[1][positions], probes[1])
+    curve = cumulative_match(found, longest)
     scalars: Scalars = {f"rank{k}": float(curve[k - 1]) for k in ranks}
     scalars |= {"gallery": len(gallery[1]), "gallery_identities": len(enrolled), "probes": len(probes[1])}
-    return scalars, {"cmc": curve[:LONGEST_RANK].numpy()}
+    curves = {"cmc": curve[:LONGEST_RANK].numpy()} | _by_identity(found == 1, probes[1])
+    if draws:
+        band = cumulative_match_band(found, probes[1], longest, draws, seed)
+        curves |= {name: end[:LONGEST_RANK].numpy() for name, end in zip(("cmc_low", "cmc_high"), band, strict=True)}
+    return scalars, curves
+
+
+def _by_identity(hits: Tensor, identities: Tensor) -> Curves:
+    labels, inverse, counts = identities.unique(return_inverse=True, return_counts=True)
+    right = torch.zeros(len(labels), dtype=torch.float64).index_add_(0, inverse, hits.double())
+    return {
+        "identity_labels": labels.numpy(),
+        "identity_rank1": (right / counts).numpy(),
+        "identity_probes": counts.numpy(),
+    }
 
 
 def knn_leave_one_out(samples: Set, knn: Sequence[int], device: str) -> Scalars:
-    """knn_leave_one_out_K: the vote of the K nearest other samples; an identity with one image is only a distractor."""
+    """knn_leave_one_out_K: the vote of the K nearest other samples, and …_weighted_K: by 1 / distance; an identity with one
+    image is only a distractor."""
     embeddings, identities = samples
     _, inverse, counts = identities.unique(return_inverse=True, return_counts=True)
     probes = (counts[inverse] >= 2).nonzero().squeeze(1)
-    _, positions = search(embeddings, embeddings[probes], knn[-1] + 1, device)
-    neighbours = identities[without_self(positions, probes)]
-    scalars = {f"knn_leave_one_out_{k}": _share(majority_vote(neighbours, k) == identities[probes]) for k in knn}
+    similarities, positions = search(embeddings, embeddings[probes], knn[-1] + 1, device)
+    others = without_self(positions, probes)
+    kept = (positions[:, :, None] == others[:, None, :]).any(2)  # (n, k + 1): a position is there once
+    similarities = similarities[kept].view(others.shape)
+    scalars = _votes("knn_leave_one_out", identities[others], similarities, identities[probes], knn)
     return scalars | {"leave_one_out_probes": len(probes), "single_image_identities": int((counts == 1).sum())}
 
 
 def knn_gallery(gallery: Set, probes: Set, knn: Sequence[int], device: str) -> Scalars:
-    """knn_gallery_K: the vote of the K nearest gallery images."""
-    _, positions = search(gallery[0], probes[0], knn[-1], device)
-    neighbours = gallery[1][positions]
-    scalars: Scalars = {f"knn_gallery_{k}": _share(majority_vote(neighbours, k) == probes[1]) for k in knn}
+    """knn_gallery_K: the vote of the K nearest gallery images, and …_weighted_K: by 1 / distance."""
+    similarities, positions = search(gallery[0], probes[0], knn[-1], device)
+    scalars = _votes("knn_gallery", gallery[1][positions], similarities, probes[1], knn)
     return scalars | {"knn_gallery": len(gallery[1]), "knn_probes": len(probes[1])}
+
+
+def _votes(name: str, neighbours: Tensor, similarities: Tensor, truth: Tensor, knn: Sequence[int]) -> Scalars:
+    majority = {f"{name}_{k}": _share(majority_vote(neighbours, k) == truth) for k in knn}
+    weighted = {f"{name}_weighted_{k}": _share(distance_vote(neighbours, similarities, k) == truth) for k in knn}
+    return majority | weighted
+
+
+def open_set_points(samples: Set, images: int, fpirs: Sequence[float], seed: int, device: str) -> Scalars:
+    """tpir_at_fpir: half of the identities, drawn, are enrolled with their first `images`; the others must raise no alarm.
+
+    Each point is a dict of `OpenSetPoint` with `refused`, None or the reason why there is none.
+    Source: ISO/IEC 19795-1; IJB-C 1:N (Maze et al. 2018), where the two galleries halve the subjects likewise.
+    """
+    embeddings, identities = samples
+    unique = identities.unique()
+    drawn = unique[torch.randperm(len(unique), generator=torch.Generator().manual_seed(seed))]
+    known = torch.isin(identities, drawn[: (len(unique) + 1) // 2])
+    gallery, mated = (known.nonzero().squeeze(1)[part] for part in split_gallery(identities[known], images))
+    strangers = (~known).nonzero().squeeze(1)
+    probes = torch.cat([mated, strangers])
+    similarities, positions = search(embeddings[gallery], embeddings[probes], 1, device)
+    right = identities[gallery][positions[:, 0]] == identities[probes]
+    best = similarities[:, 0]
+    points = [_open_set_point(best[: len(mated)], right[: len(mated)], best[len(mated) :], fpir) for fpir in fpirs]
+    counts = {"open_set_enrolled": len(gallery), "open_set_mated": len(mated), "open_set_nonmated": len(strangers)}
+    return {"tpir_at_fpir": points, **counts}
+
+
+def _open_set_point(mated: Tensor, right: Tensor, nonmated: Tensor, fpir: float) -> Scalars:
+    try:
+        return asdict(tpir_at_fpir(mated, right, nonmated, fpir)) | {"refused": None}
+    except ValueError as reason:
+        return {"target": fpir, "tpir": None, "refused": str(reason)}
 
 
 def nearest_centroid(gallery: Set, probes: Set, images: int, device: str) -> Scalars:
@@ -121,12 +206,18 @@ def _drawn_loss(
 
 
 def fold_accuracy(samples: Set, pairs: Pairs) -> Scalars:
-    """verification_accuracy: mean over the folds, each with the threshold that is best on the others; its deviation."""
+    """verification_accuracy: mean over the folds, each with the threshold that is best on the others; its deviation.
+
+    verification_threshold is the root distance that divides all pairs best: for pictures and clusters, not for the accuracy.
+    """
     first, second = (samples[0][side].double() for side in (pairs.first, pairs.second))  # (p, d)
-    accuracies = fold_accuracies((first * second).sum(dim=1), pairs.genuine, pairs.fold)
+    similarities = (first * second).sum(dim=1)
+    accuracies = fold_accuracies(similarities, pairs.genuine, pairs.fold)
+    threshold = best_threshold(similarities, pairs.genuine)
     return {
         "verification_accuracy": float(accuracies.mean()),
         "verification_std": float(accuracies.std()),
+        "verification_threshold": sqrt(max(0.0, 2 - 2 * threshold)) if isfinite(threshold) else None,
         "verification_pairs": len(pairs.first),
         "verification_folds": len(accuracies),
         "folds_share_identities": not pairs.disjoint,
@@ -134,7 +225,16 @@ def fold_accuracy(samples: Set, pairs: Pairs) -> Scalars:
 
 
 def operating_points(samples: Set, fars: Sequence[float], most: int, seed: int, device: str) -> tuple[Scalars, Curves]:
-    """EER, AUC, TAR at each FAR and the ROC, from all pairs of the set, or of `most` of its samples (whole identities)."""
+    """TAR at each FAR and the histograms of distances from all pairs of the set; EER, AUC and the ROC from all pairs, too, or
+    from those of `most` of its samples (whole identities).
+
+    Returns:
+        curves roc_far and roc_tar, thinned, shape (points,); histogram_edges, root distances, shape (bins + 1,),
+        histogram_genuine and histogram_impostor, pairs, shape (bins,).
+    """
+    everything = sorted_by_identity(*samples, device)
+    points = operating_points_of_all_pairs(everything, fars, seed)
+    histograms = dict(zip(_HISTOGRAMS, (part.cpu().numpy() for part in distance_histograms(everything)), strict=True))
     embeddings, identities = samples
     which = "all pairs"
     if len(identities) > most:
@@ -146,12 +246,24 @@ def operating_points(samples: Set, fars: Sequence[float], most: int, seed: int, 
     scalars = {
         "eer": equal_error_rate(curve),
         "auc": area_under_curve(curve),
-        "tar_at_far": [_operating_point(genuine, impostor, far) for far in fars],
-        "genuine_pairs": len(genuine),
-        "impostor_pairs": len(impostor),
+        "tar_at_far": [point_told(point, everything.impostor_pairs) for point in points],
+        "genuine_pairs": everything.genuine_pairs,
+        "impostor_pairs": everything.impostor_pairs,
+        "roc_genuine_pairs": len(genuine),
+        "roc_impostor_pairs": len(impostor),
         "roc_pairs_are": which,
     }
-    return scalars, dict(zip(("roc_far", "roc_tar"), _thinned(curve), strict=True))
+    return scalars, histograms | dict(zip(("roc_far", "roc_tar"), _thinned(curve), strict=True))
+
+
+_HISTOGRAMS = ("histogram_edges", "histogram_genuine", "histogram_impostor")
+
+
+def point_told(point: OperatingPoint | Refused, impostors: int) -> Scalars:
+    """An operating point as a dict with `refused`, None or the reason why there is none."""
+    if isinstance(point, Refused):
+        return {"target": point.target, "tar": None, "impostor_pairs": impostors, "refused": point.reason}
+    return asdict(point) | {"refused": None}
 
 
 def _operating_point(genuine: Tensor, impostor: Tensor, far: float) -> Scalars:

@@ -7,6 +7,7 @@ too small for is not given as a number but named under `refusals`, with the reas
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from math import isfinite
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -21,12 +22,14 @@ from trainer.evaluation.measures import (
     knn_gallery,
     knn_leave_one_out,
     nearest_centroid,
+    open_set_points,
     operating_points,
     rank_k,
     triplet_loss,
     triplets_exist,
 )
-from trainer.metric.identification import split_gallery
+from trainer.evaluation.retrieved import clusters, retrieved
+from trainer.metric.identification import centroids, split_gallery
 
 HEADLINE_NEIGHBOURS = 5
 """The k of the one kNN figure in `SetResult.headline`; the first of `ProtocolConfig.knn` where this is not among them."""
@@ -36,8 +39,11 @@ HEADLINE_NEIGHBOURS = 5
 class ProtocolConfig:
     """How a set of embeddings is judged."""
 
+    gallery: Literal["first", "mean", "all_but_self"] = "first"
+    """Rank-k: enrolled are the first `gallery_images_per_identity` images of each identity, or their mean, and the rest are
+    probes; or every image is a probe against all others."""
     gallery_images_per_identity: int = 1
-    """Rank-k: the first images of each identity are its gallery, the rest are probes; at least 1."""
+    """Images of each identity that are enrolled, or averaged; at least 1."""
     ranks: tuple[int, ...] = (1, 5)
     """Ranks reported, ascending, counted in identities."""
     knn: tuple[int, ...] = (1, 5, 20)
@@ -52,16 +58,27 @@ class ProtocolConfig:
     """Folds of the verification accuracy; at least 2."""
     pairs: int = 6000
     """Verification pairs wanted in all folds together, half genuine, half impostor; at least 2 per fold."""
-    fars: tuple[float, ...] = (0.1, 0.01, 0.001)
-    """False-accept rates, each between 0 and 1, at which the true-accept rate is reported."""
+    fars: tuple[float, ...] = (0.1, 0.01, 1e-3, 1e-4, 1e-5, 1e-6)
+    """False-accept rates, each between 0 and 1, at which the true-accept rate over all pairs is reported."""
+    fpirs: tuple[float, ...] = (0.1, 0.01)
+    """Unseen identities: false-positive identification rates, each between 0 and 1, at which TPIR is reported."""
     roc_samples: int = 5000
-    """Samples up to which ROC, EER, AUC and TAR use all pairs; of a larger set, whole identities drawn up to this."""
+    """Samples up to which ROC, EER and AUC use all pairs; of a larger set, whole identities drawn up to this. 0: neither those
+    nor TAR nor histograms."""
+    retrieval_queries: int = 1000
+    """Images whose whole ranking is looked at for mean average precision and R-precision, drawn; 0: none."""
+    cluster_samples: int = 5000
+    """Images that are clustered for NMI and pairwise F; of a larger set, whole identities drawn up to this; 0: none."""
+    band_draws: int = 1000
+    """Draws of identities for the confidence band of the CMC; 0: no band."""
     seed: int = 0
     """Of every draw."""
 
     def __post_init__(self) -> None:
         images = ("gallery_images_per_identity", "knn_gallery_images", "closed_gallery_images", "centroid_images")
-        smallest = dict.fromkeys(images, 1) | {"folds": 2, "pairs": 2 * self.folds, "roc_samples": 4, "seed": 0}
+        smallest = dict.fromkeys(images, 1) | {"folds": 2, "pairs": 2 * self.folds, "seed": 0}
+        smallest |= {"roc_samples": 4 if self.roc_samples else 0, "cluster_samples": 4 if self.cluster_samples else 0}
+        smallest |= {"retrieval_queries": 0, "band_draws": 0}
         for name, least in smallest.items():
             if getattr(self, name) < least:
                 raise ValueError(f"evaluation.{name} is {getattr(self, name)}; it must be at least {least}")
@@ -69,9 +86,10 @@ class ProtocolConfig:
             values = list(getattr(self, name))
             if not values or values != sorted(set(values)) or values[0] < 1:
                 raise ValueError(f"evaluation.{name} is {values}; it must be ascending integers from 1")
-        for far in self.fars:
-            if not 0 < far < 1:
-                raise ValueError(f"evaluation.fars has {far}; each must lie between 0 and 1, both excluded")
+        for name in ("fars", "fpirs"):
+            for rate in getattr(self, name):
+                if not 0 < rate < 1:
+                    raise ValueError(f"evaluation.{name} has {rate}; each must lie between 0 and 1, both excluded")
 
 
 @dataclass(frozen=True)
@@ -81,7 +99,7 @@ class SetResult:
     scalars: Scalars
     """JSON-able. Rates in [0, 1]; None where refused, with the reason in `refusals`."""
     curves: Curves = field(default_factory=dict)
-    """roc_far, roc_tar, each of shape (points,); cmc, shape (ranks,)."""
+    """See `measures.rank_k` and `measures.operating_points`."""
 
     def headline(self) -> dict[str, float]:
         """rank1, rank5, knn, verification_accuracy and triplet_loss, for a log; what was not measured is left out."""
@@ -105,7 +123,7 @@ def check_open_set(identities: Tensor, config: ProtocolConfig) -> None:
         raise ValueError(f"the evaluation set has {len(unique)} identities; at least 2 are needed to tell them apart")
     if counts.max() < 2:
         raise ValueError(f"none of the {len(unique)} identities has 2 images; there is nothing to find again")
-    if counts.max() <= config.gallery_images_per_identity:
+    if config.gallery != "all_but_self" and counts.max() <= config.gallery_images_per_identity:
         most = f"the largest identity has {int(counts.max())}"
         given = f"evaluation.gallery_images_per_identity is {config.gallery_images_per_identity}"
         raise ValueError(f"{given} and {most} images; no probe is left")
@@ -132,19 +150,24 @@ def open_set(
         config: default settings where None.
         device: where the neighbours are searched and the pairs compared: "cpu", "cuda" or "cuda:N".
     Returns:
-        Rank-k and CMC against the first images of each identity; kNN leave-one-out and against a gallery; verification
-        accuracy in folds; EER, AUC, TAR@FAR; triplet loss; counts.
+        Rank-k and CMC with its band; open-set TPIR@FPIR; kNN leave-one-out and against a gallery, by majority and weighted;
+        average precision and R-precision; verification accuracy in folds; EER, AUC, TAR@FAR, histograms; clusters; triplet loss;
+        counts.
     Raises:
         ValueError: see `check_open_set`; or shapes do not fit, or an embedding is not finite or zero.
     """
     config = config or ProtocolConfig()
     samples = _unit(embeddings, identities, "embeddings")
     check_open_set(samples[1], config)
-    gallery, probes = _split(samples, config.gallery_images_per_identity)
-    ranks, curves = rank_k(gallery, probes, config.ranks, device)
+    gallery, probes, own = _enrolled(samples, config)
+    ranks, curves = rank_k(gallery, probes, config.ranks, device, own, config.band_draws, config.seed)
     scalars = _about(samples[1], margin, squared, config, "leave_one_out") | ranks
     scalars["identities_without_probe"] = len(samples[1].unique()) - len(probes[1].unique())
     scalars |= knn_leave_one_out(samples, config.knn, device)
+    if config.fpirs:
+        scalars |= open_set_points(samples, config.gallery_images_per_identity, config.fpirs, config.seed, device)
+    if config.retrieval_queries:
+        scalars |= retrieved(samples, config.retrieval_queries, config.seed)
     gallery, probes = _split(samples, config.knn_gallery_images)
     if len(probes[1]) and len(gallery[1]) >= config.knn[-1]:
         scalars |= knn_gallery(gallery, probes, config.knn, device)
@@ -185,12 +208,30 @@ def closed_set(
     enrolled, _ = _split(_unit(gallery, gallery_identities, "gallery embeddings"), config.closed_gallery_images)
     searched = _unit(probes, probe_identities, "probe embeddings")
     _check_closed_set(enrolled, searched, config)
-    few, _ = _split(enrolled, config.gallery_images_per_identity)
-    ranks, curves = rank_k(few, searched, config.ranks, device)
+    images = config.gallery_images_per_identity
+    few = {
+        "first": lambda: _split(enrolled, images)[0],
+        "mean": lambda: centroids(*enrolled, images),
+        "all_but_self": lambda: enrolled,
+    }[config.gallery]()
+    ranks, curves = rank_k(few, searched, config.ranks, device, None, config.band_draws, config.seed)
     scalars = _about(searched[1], margin, squared, config, "gallery") | ranks
     scalars |= knn_gallery(enrolled, searched, config.knn, device)
     scalars |= nearest_centroid(enrolled, searched, config.centroid_images, device)
     return SetResult(scalars, curves | _compare(scalars, searched, squared, config, device))
+
+
+def _enrolled(samples: Set, config: ProtocolConfig) -> tuple[Set, Set, Tensor | None]:
+    """Gallery, probes and, where probes are enrolled themselves, their places in the gallery."""
+    embeddings, identities = samples
+    if config.gallery == "all_but_self":
+        _, inverse, counts = identities.unique(return_inverse=True, return_counts=True)
+        own = (counts[inverse] >= 2).nonzero().squeeze(1)
+        return samples, (embeddings[own], identities[own]), own
+    gallery, probes = _split(samples, config.gallery_images_per_identity)
+    if config.gallery == "mean":
+        gallery = centroids(*gallery, config.gallery_images_per_identity)
+    return gallery, probes, None
 
 
 def _split(samples: Set, images: int) -> tuple[Set, Set]:
@@ -247,16 +288,25 @@ def _about(identities: Tensor, margin: float | None, squared: bool, config: Prot
         "knn_headline": headline,
         "headline_neighbours": neighbours,
         "refusals": {},
-        "protocol": asdict(config) | {name: list(getattr(config, name)) for name in ("ranks", "knn", "fars")},
+        "protocol": asdict(config) | {name: list(getattr(config, name)) for name in ("ranks", "knn", "fars", "fpirs")},
     }
 
 
 def _compare(scalars: Scalars, samples: Set, squared: bool, config: ProtocolConfig, device: str) -> Curves:
-    """Adds to `scalars` what compares the samples of one set with each other; returns the ROC."""
+    """Adds to `scalars` what compares the samples of one set with each other; returns the ROC and histograms."""
     _, identities = samples
     if not triplets_exist(identities):
         counts = identities.unique(return_counts=True)[1]
-        names = ["triplet_loss", "verification_accuracy", "verification_std", "eer", "auc", "tar_at_far"]
+        names = [
+            "triplet_loss",
+            "verification_accuracy",
+            "verification_std",
+            "eer",
+            "auc",
+            "tar_at_far",
+            "nmi",
+            "pairwise_f",
+        ]
         _refuse(scalars, names, f"{len(counts)} identities, the largest of {int(counts.max())} images, give no triplet")
         return {}
     scalars |= triplet_loss(samples, scalars["margin"], squared, config.seed)
@@ -266,9 +316,22 @@ def _compare(scalars: Scalars, samples: Set, squared: bool, config: ProtocolConf
         _refuse(scalars, ["verification_accuracy", "verification_std"], str(reason))
     else:
         scalars |= fold_accuracy(samples, pairs)
+    _group(scalars, samples, config)
+    if not config.roc_samples:
+        return {}
     points, curves = operating_points(samples, config.fars, config.roc_samples, config.seed, device)
     scalars |= points
     return curves
+
+
+def _group(scalars: Scalars, samples: Set, config: ProtocolConfig) -> None:
+    if not config.cluster_samples:
+        return
+    threshold = scalars.get("verification_threshold")
+    if threshold is None:
+        _refuse(scalars, ["nmi", "pairwise_f"], "no threshold tells genuine from impostor pairs")
+    else:
+        scalars |= clusters(samples, threshold, config.cluster_samples, config.seed)
 
 
 def _refuse(scalars: Scalars, names: Sequence[str], reason: str) -> None:

@@ -1,6 +1,10 @@
 """Evaluates a run: embeds its held-out splits once with the trained network and once with raw pixels, and judges both."""
 
-from collections.abc import Callable
+import json
+import shutil
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -12,9 +16,11 @@ from data_shards.index import ShardSet, Split
 from data_shards.loader import LoaderConfig
 from data_shards.progress import progress
 from trainer import checkpoint
-from trainer.collectives import broadcast_buffers
+from trainer.collectives import broadcast_buffers, gather_objects, rank
 from trainer.config import CONFIG, TrainConfig, load
-from trainer.evaluation.embed import PIXEL_SIZE, embed, raw_pixels
+from trainer.evaluation.embed import PIXEL_SIZE, Function, embed, mirrored, raw_pixels
+from trainer.evaluation.embedding_store import DTYPES, MANIFEST, Encoder, Stored, embed_to, folder_name
+from trainer.evaluation.prepared import Embed
 from trainer.evaluation.protocols import ProtocolConfig, SetResult, check_open_set, closed_set, open_set
 from trainer.evaluation.results import (
     EVALUATION,
@@ -23,62 +29,205 @@ from trainer.evaluation.results import (
     UNSEEN_IDENTITIES,
     UNSEEN_IMAGES,
     ResultRow,
-    replaced_folder,
     save_results,
 )
+from trainer.evaluation.sets import SetsConfig, judge_sets
 from trainer.model import Embedder
 from trainer.precision import use_bf16
 
 SETS = {"unseen_identities": UNSEEN_IDENTITIES, "unseen_images": UNSEEN_IMAGES}
+EMBEDDINGS = "embeddings"
+"""Name of the folder of stored embeddings in a run's folder."""
+BASELINE_IMAGES = 20_000
+"""Images of a set up to which raw pixels are judged, too: they take 48 KiB an image."""
 
-IN_TRAINING = ProtocolConfig(ranks=(1, 5), knn=(5,), fars=())
+IN_TRAINING = ProtocolConfig(
+    ranks=(1, 5), knn=(5,), fars=(), fpirs=(), roc_samples=0, retrieval_queries=0, cluster_samples=0, band_draws=0
+)
+"""Only what `SetResult.headline` has."""
 
-Embed = Callable[[Split, np.ndarray | None], tuple[Tensor, Tensor]]
+
+@dataclass(kw_only=True, frozen=True)
+class EmbedOptions:
+    """With what, and how, a run's pictures are embedded."""
+
+    checkpoint: str = "latest"
+    """latest, best (of `run.best_metric`), or the number of a step."""
+    mirror: bool = False
+    """Average each picture's embedding with that of its mirror image."""
+    dtype: str = "fp32"
+    """fp32 or fp16, in which embeddings are stored."""
+
+    def __post_init__(self) -> None:
+        if self.dtype not in DTYPES:
+            raise ValueError(f"dtype is {self.dtype!r}; allowed are {', '.join(DTYPES)}")
 
 
-def load_run(run: Path, device: str = "cpu") -> tuple[TrainConfig, Embedder]:
-    """Config of a run and the network of its newest checkpoint, in evaluation mode on `device`.
+def load_run(run: Path, device: str = "cpu", which: str = "latest") -> tuple[TrainConfig, Embedder]:
+    """Config of a run and the network of a checkpoint, in evaluation mode on `device`.
 
+    Args:
+        which: see `checkpoint.chosen`.
     Raises:
-        ValueError: no run there, no checkpoint, a damaged one or one of another architecture.
+        ValueError: no run there, no such checkpoint, a damaged one or one of another architecture.
     """
+    config, model, _ = _load(run, device, which)
+    return config, model
+
+
+def _load(run: Path, device: str, which: str) -> tuple[TrainConfig, Embedder, checkpoint.Checkpoint]:
     if not (run / CONFIG).is_file():
         raise ValueError(f"{run} is no run folder: it has no {CONFIG}")
     config = load(run / CONFIG)
     model = Embedder(config.model, use_bf16(config.run.precision, device))
-    checkpoint.latest(run / checkpoint.CHECKPOINTS).load_model(model)
-    return config, model.to(memory_format=torch.channels_last).to(device).eval()
+    found = checkpoint.chosen(run / checkpoint.CHECKPOINTS, which)
+    found.load_model(model)
+    return config, model.to(memory_format=torch.channels_last).to(device).eval(), found
+
+
+def encoder_of(run: Path, options: EmbedOptions, device: str) -> tuple[TrainConfig, Encoder]:
+    """A run's config and the network of one of its checkpoints as an encoder.
+
+    Raises:
+        ValueError: see `load_run`.
+    """
+    config, model, found = _load(run, device, options.checkpoint)
+    about = {
+        "embedder": FACESCALE,
+        "step": found.step,
+        "weights": found.weights_sha256,
+        "precision": "bf16" if model.bf16 else "fp32",
+        "mirror": options.mirror,
+    }
+    function: Function = mirrored(model) if options.mirror else model
+    return config, Encoder(function, config.model.embedding_size, config.data, about)
 
 
 def evaluate(
-    run: Path, *, shards: Path | None = None, protocol: ProtocolConfig | None = None, device: str = "cpu"
+    run: Path,
+    *,
+    shards: Path | None = None,
+    protocol: ProtocolConfig | None = None,
+    sets: SetsConfig | None = None,
+    options: EmbedOptions | None = None,
+    device: str = "cpu",
 ) -> list[ResultRow]:
-    """Judges the newest checkpoint on what its shards hold out, raw pixels beside it; writes RUN/evaluation.
+    """Judges a checkpoint on what its shards hold out and on further sets, raw pixels beside it; writes RUN/evaluation.
+
+    Every rank calls it. Each picture is embedded once: the embeddings stay in RUN/embeddings, where the next evaluation of the
+    same checkpoint finds them. Memory of each rank: three times the embeddings of one set, 12 n d bytes.
 
     Raises:
-        ValueError: see `load_run`; or the shards hold nothing out, or a held-out split is too small.
+        ValueError: see `load_run`, `sets.judge_sets`; or the shards hold nothing out, or a held-out split is too small.
     """
-    protocol = protocol or ProtocolConfig()
-    config, model = load_run(run, device)
+    protocol, sets, options = protocol or ProtocolConfig(), sets or SetsConfig(), options or EmbedOptions()
+    config, encoder = encoder_of(run, options, device)
     source = ShardSet.open(shards or config.data.shards)
     held_out = [name for name in SETS if name in source.splits]
-    if not held_out:
+    if not held_out and sets == SetsConfig():
         raise ValueError(f"{source.path} holds nothing out: shard with --holdout-identities or --holdout-images")
     if "unseen_identities" in held_out:
         identities = source.split("unseen_identities").samples["identity"]
         check_open_set(torch.from_numpy(identities.astype(np.int64)), protocol)
+    kept = _Kept(run / EMBEDDINGS, encoder, options.dtype, device)
+    pixels = _baseline(config, device)
+    loss: dict[str, Any] = {"margin": config.loss.effective_margin, "squared": config.loss.squared}
+    asked = {**loss, "config": protocol, "device": device}
     rows: list[ResultRow] = []
-    judged: dict[str, tuple[Tensor, Tensor]] = {}
-    with progress("evaluate", 2 * len(held_out), "results") as advance:
-        for split in held_out:
-            for embedder, embedded in _embedders(config, model, device):
-                judge = _judge_open if split == "unseen_identities" else _judge_closed
-                found, result = judge(source, embedded, **_judged(config, protocol, device))
-                judged.setdefault(embedder, found)
-                rows.append(ResultRow(SETS[split], embedder, result))
-                advance(1)
-    save_results(run / EVALUATION, rows, *judged[FACESCALE])
+    first: tuple[Split, Tensor, Tensor] | None = None
+    with progress("evaluate", len(held_out), "sets", enabled=rank() == 0) as advance:
+        for name in held_out:
+            split = source.split(name)
+            judge = _judge_open if name == "unseen_identities" else _judge_closed
+            points, result = judge(source, kept, **asked)
+            rows.append(ResultRow(SETS[name], FACESCALE, result))
+            if len(split) <= BASELINE_IMAGES:
+                rows.append(ResultRow(SETS[name], RAW_PIXELS, judge(source, pixels, **asked)[1]))
+            first = first or (split, *points)
+            advance(1)
+    rows += judge_sets(
+        sets,
+        source,
+        [(FACESCALE, kept)],
+        work=run / "sets",
+        image_size=config.data.image_size,
+        device=device,
+        **loss,
+    )
+    if rank() == 0:
+        _save(run, rows, first, source)
+        kept.prune()
     return rows
+
+
+def _save(run: Path, rows: Sequence[ResultRow], first: tuple[Split, Tensor, Tensor] | None, source: ShardSet) -> None:
+    if first is None:
+        empty = torch.empty((0, 2)), torch.empty(0, dtype=torch.int64)
+        save_results(run / EVALUATION, rows, *empty)
+        return
+    split, embeddings, identities = first
+    save_results(run / EVALUATION, rows, embeddings, identities, split=split, names=source.identity_names)
+
+
+class _Kept:
+    """Embeds a split, or finds it in the folder of stored embeddings."""
+
+    def __init__(self, folder: Path, encoder: Encoder, dtype: str, device: str) -> None:
+        self._folder, self._encoder, self._dtype, self._device = folder, encoder, dtype, device
+        self._told: set[str] = set()
+
+    def __call__(self, split: Split, samples: np.ndarray | None) -> tuple[Tensor, Tensor]:
+        pictures = split.fingerprint
+        name = folder_name(self._encoder, split, pictures, samples, self._dtype)
+        found = embed_to(
+            self._folder / name,
+            self._encoder,
+            split,
+            fingerprint=pictures,
+            samples=samples,
+            dtype=self._dtype,
+            device=self._device,
+        )
+        if name not in self._told:
+            tell_pace(found, split.name)
+        self._told.add(name)
+        return found.embeddings, found.identities
+
+    def prune(self) -> None:
+        """Deletes embeddings by other weights than these."""
+        for manifest in self._folder.glob(f"*/{MANIFEST}"):
+            if json.loads(manifest.read_text()).get("weights") != self._encoder.about["weights"]:
+                shutil.rmtree(manifest.parent)
+
+
+def tell_pace(found: Stored, name: str) -> None:
+    """Says on rank 0 how fast a set was embedded."""
+    pace = f"{found.manifest['images_per_s']:,.0f} images/s, data wait {found.manifest['data_wait_percent']:.1f} %"
+    if rank() == 0:
+        print(f"facescale: {len(found.embeddings):,} images of {name} embedded at {pace}", file=sys.stderr)
+
+
+def _baseline(config: TrainConfig, device: str) -> Embed:
+    loader = LoaderConfig(image_size=PIXEL_SIZE, decode_threads=config.data.decode_threads)
+    return lambda split, samples: embed(raw_pixels, split, loader, samples=samples, device=device)
+
+
+Judged = tuple[tuple[Tensor, Tensor], SetResult]
+
+
+def _judge_open(source: ShardSet, embedded: Embed, **asked: Any) -> Judged:
+    points = embedded(source.split("unseen_identities"), None)
+    return points, open_set(*points, **asked)
+
+
+def _judge_closed(source: ShardSet, embedded: Embed, **asked: Any) -> Judged:
+    """Unseen images against the first `closed_gallery_images` training images of the identities that have unseen ones."""
+    train, unseen = source.split("train"), source.split("unseen_images")
+    nth = np.arange(len(train)) - np.repeat(train.starts[:-1], train.counts)
+    enrolled = np.isin(train.samples["identity"], unseen.identities)
+    gallery = np.flatnonzero((nth < asked["config"].closed_gallery_images) & enrolled)
+    points = embedded(unseen, None)
+    return points, closed_set(*embedded(train, gallery), *points, **asked)
 
 
 def check_in_training(held_out: Split, config: TrainConfig) -> None:
@@ -98,7 +247,7 @@ def _in_training(held_out: Split, config: TrainConfig) -> np.ndarray:
 def evaluate_in_training(
     model: nn.Module, held_out: Split, config: TrainConfig, device: torch.device
 ) -> dict[str, float]:
-    """Headline figures on the first `run.evaluate_images` images of held-out identities; every rank calls it."""
+    """Headline figures on the first `run.evaluate_images` images of held-out identities; every rank calls it and has rank 0's."""
     broadcast_buffers(model)
     samples = _in_training(held_out, config)
     embeddings, identities = embed(model, held_out, config.data, samples=samples, device=device)
@@ -110,65 +259,25 @@ def evaluate_in_training(
         config=IN_TRAINING,
         device=str(device),
     )
-    return result.headline()
-
-
-def _embedders(config: TrainConfig, model: Embedder, device: str) -> list[tuple[str, Embed]]:
-    pixels = LoaderConfig(image_size=PIXEL_SIZE, decode_threads=config.data.decode_threads)
-
-    def network(split: Split, samples: np.ndarray | None) -> tuple[Tensor, Tensor]:
-        return embed(model, split, config.data, samples=samples, device=device)
-
-    def baseline(split: Split, samples: np.ndarray | None) -> tuple[Tensor, Tensor]:
-        return embed(raw_pixels, split, pixels, samples=samples, device=device)
-
-    return [(FACESCALE, network), (RAW_PIXELS, baseline)]
-
-
-def _judged(config: TrainConfig, protocol: ProtocolConfig, device: str) -> dict[str, Any]:
-    return {
-        "margin": config.loss.effective_margin,
-        "squared": config.loss.squared,
-        "config": protocol,
-        "device": device,
-    }
-
-
-Judged = tuple[tuple[Tensor, Tensor], SetResult]
-
-
-def _judge_open(source: ShardSet, embedded: Embed, **judged: Any) -> Judged:
-    points = embedded(source.split("unseen_identities"), None)
-    return points, open_set(*points, **judged)
-
-
-def _judge_closed(source: ShardSet, embedded: Embed, **judged: Any) -> Judged:
-    """Unseen images against the first `closed_gallery_images` training images of the identities that have unseen ones."""
-    train, unseen = source.split("train"), source.split("unseen_images")
-    nth = np.arange(len(train)) - np.repeat(train.starts[:-1], train.counts)
-    enrolled = np.isin(train.samples["identity"], unseen.identities)
-    gallery = np.flatnonzero((nth < judged["config"].closed_gallery_images) & enrolled)
-    points = embedded(unseen, None)
-    return points, closed_set(*embedded(train, gallery), *points, **judged)
+    found: dict[str, float] = gather_objects(result.headline())[0]
+    return found
 
 
 def write_embeddings(
-    run: Path, out: Path, *, shards: Path | None = None, split: str = "unseen_identities", device: str = "cpu"
-) -> tuple[int, int]:
-    """Writes OUT/embeddings.npy (n, d) float32, identities.npy (n,) int64 and keys.txt, n lines, in the split's order.
+    run: Path,
+    out: Path,
+    *,
+    shards: Path | None = None,
+    split: str = "unseen_identities",
+    options: EmbedOptions | None = None,
+    device: str = "cpu",
+) -> Stored:
+    """Embeds a split into OUT (`embedding_store` has the files); every rank calls it. Interrupted, the same call goes on.
 
-    Returns:
-        n and d.
     Raises:
-        ValueError: see `load_run`; or `out` exists and is not empty, or the shards have no such split.
+        ValueError: see `load_run`; or `out` holds something else, or the shards have no such split.
     """
-    if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise ValueError(f"{out} exists and is not empty; choose another folder")
-    config, model = load_run(run, device)
+    options = options or EmbedOptions()
+    config, encoder = encoder_of(run, options, device)
     opened = ShardSet.open(shards or config.data.shards).split(split)
-    embeddings, identities = embed(model, opened, config.data, device=device)
-    with replaced_folder(out) as folder:
-        np.save(folder / "embeddings.npy", embeddings.numpy())
-        np.save(folder / "identities.npy", identities.numpy())
-        (folder / "keys.txt").write_text("".join(f"{opened.key(sample)}\n" for sample in range(len(opened))))
-    return embeddings.shape[0], embeddings.shape[1]
+    return embed_to(out, encoder, opened, fingerprint=opened.fingerprint, dtype=options.dtype, device=device)

@@ -214,7 +214,8 @@ def test_large_sets_take_whole_identities_for_the_roc():
     assert len(chosen) == 100
     assert identities[chosen].unique(return_counts=True)[1].tolist() == [5] * 20
     result = open_set(embeddings, identities, margin=0.2, squared=False, config=ProtocolConfig(roc_samples=103)).scalars
-    assert (result["genuine_pairs"], result["impostor_pairs"]) == (20 * 10, 100 * 99 // 2 - 200)
+    assert (result["roc_genuine_pairs"], result["roc_impostor_pairs"]) == (20 * 10, 100 * 99 // 2 - 200)
+    assert (result["genuine_pairs"], result["impostor_pairs"]) == (40 * 10, 200 * 199 // 2 - 400)
     assert result["roc_pairs_are"] == "all pairs of 100 samples, whole identities drawn"
     assert len(draw_identities(torch.arange(2).repeat(5), 4, seed=0)) == 10  # two identities even where they do not fit
     lonely = torch.tensor([1, 2, 3, 4, 4, 4, 5])
