@@ -5,7 +5,7 @@ Everything is found and checked before the first picture is embedded.
 """
 
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -62,14 +62,17 @@ class SetsConfig:
             for rate in getattr(self, name):
                 if not 0 < rate < 1:
                     raise ValueError(f"sets.{name} has {rate}; each must lie between 0 and 1, both excluded")
-        names = Counter(path.name for path in (*self.pairs, *self.bins, *self.ijb))
-        twice = [name for name, count in names.items() if count > 1]
-        if twice:
-            raise ValueError(f"sets: {twice[0]} is there {names[twice[0]]} times; results are told apart by the name")
+        _refuse_twins(path.name for path in (*self.pairs, *self.bins, *self.ijb))
         if self.images is not None and not self.pairs:
             raise ValueError(
                 f"sets.images is {self.images}, but there is no list of pairs that needs it; give sets.pairs"
             )
+
+
+def _refuse_twins(names: Iterable[str]) -> None:
+    for name, count in Counter(names).items():
+        if count > 1:
+            raise ValueError(f"sets: {name} is there {count} times; results are told apart by the name")
 
 
 def judge_sets(
@@ -98,6 +101,7 @@ def judge_sets(
     """
     report = Report(margin=margin, squared=squared, device=device)
     prepared = list(_prepared(sets, source, work, image_size))
+    _refuse_twins(one.name for one in prepared)
     return [ResultRow(one.name, name, one.judge(embedded, report)) for one in prepared for name, embedded in embedders]
 
 

@@ -157,6 +157,13 @@ def test_ijb_b_and_a_distribution_without_galleries(tmp_path):
     assert found["auc"] == row.result.scalars["auc"]
 
 
+def test_the_same_distribution_in_two_folders(mini, tmp_path):
+    (tmp_path / "again").symlink_to(mini.folder)
+    sets = SetsConfig(ijb=(mini.folder, tmp_path / "again"), ijb_ranks=(1,))
+    with pytest.raises(ValueError, match="sets: IJB-C is there 2 times; results are told apart by the name"):
+        judge_sets(sets, None, [], work=tmp_path / "work", image_size=112, margin=0.2, squared=False)
+
+
 def test_missing_images_are_named_or_left_out(tmp_path):
     mini = write_ijb(tmp_path / "IJBC")
     only, one_of_two = mini.templates[13][0][0], mini.templates[14][0][0]
