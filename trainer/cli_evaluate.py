@@ -63,6 +63,8 @@ def _add_protocol(group: argparse._ArgumentGroup) -> None:
     group.add_argument(
         "--knn", type=int, nargs="+", default=[1, 5, 20], metavar="K", help="numbers of voting neighbours"
     )
+    text = "how neighbours are found; all but exact are approximate, and told with their recall"
+    group.add_argument("--search", choices=("exact", "ivf", "hnsw", "ivfpq"), default="exact", help=text)
     rates = [0.1, 0.01, 1e-3, 1e-4, 1e-5, 1e-6]
     group.add_argument("--fars", type=float, nargs="+", default=rates, metavar="FAR", help="false-accept rates of TAR")
     group.add_argument("--seed", type=int, default=0, help="draws the verification pairs")
@@ -81,6 +83,7 @@ def _evaluate(args: argparse.Namespace) -> int:
             closed_gallery_images=args.closed_gallery_images,
             knn=tuple(sorted(set(args.knn))),
             fars=tuple(args.fars),
+            search=args.search,
             seed=args.seed,
         )
         sets, options = sets_of(args), _options(args)

@@ -16,8 +16,8 @@ from torch.nn.functional import relu, softplus
 from trainer.evaluation.all_pairs import Refused, operating_points_of_all_pairs
 from trainer.evaluation.distance_histograms import distance_histograms
 from trainer.evaluation.draws import Pairs, draw_identities, draw_triplets
+from trainer.evaluation.finder import Finder, owners
 from trainer.evaluation.pair_blocks import sorted_by_identity
-from trainer.evaluation.rank_search import search
 from trainer.metric.distances import paired_distance, pairwise_squared
 from trainer.metric.identification import (
     centroids,
@@ -62,7 +62,7 @@ def rank_k(
     gallery: Set,
     probes: Set,
     ranks: Sequence[int],
-    device: str,
+    find: Finder,
     own: Tensor | None = None,
     draws: int = 0,
     seed: int = 0,
@@ -80,9 +80,9 @@ def rank_k(
     longest = min(len(enrolled), max(LONGEST_RANK, ranks[-1]))
     others = len(gallery[1]) - (own is not None)
     reach = min(others, longest * int(counts.max()))  # so many images hold `longest` identities in any case
-    _, positions = search(gallery[0], probes[0], reach + (own is not None), device)
+    _, positions = find(gallery[0], probes[0], reach + (own is not None))
     positions = positions if own is None else without_self(positions, own)
-    found = mated_ranks(gallery[1][positions], probes[1])
+    found = mated_ranks(owners(gallery[1], positions), probes[1])
     curve = cumulative_match(found, longest)
     scalars: Scalars = {f"rank{k}": float(curve[k - 1]) for k in ranks}
     scalars |= {"gallery": len(gallery[1]), "gallery_identities": len(enrolled), "probes": len(probes[1])}
@@ -103,24 +103,27 @@ def _by_identity(hits: Tensor, identities: Tensor) -> Curves:
     }
 
 
-def knn_leave_one_out(samples: Set, knn: Sequence[int], device: str) -> Scalars:
+def knn_leave_one_out(samples: Set, knn: Sequence[int], find: Finder) -> Scalars:
     """knn_leave_one_out_K: the vote of the K nearest other samples, and …_weighted_K: by 1 / distance; an identity with one
     image is only a distractor."""
     embeddings, identities = samples
     _, inverse, counts = identities.unique(return_inverse=True, return_counts=True)
     probes = (counts[inverse] >= 2).nonzero().squeeze(1)
-    similarities, positions = search(embeddings, embeddings[probes], knn[-1] + 1, device)
-    others = without_self(positions, probes)
-    kept = (positions[:, :, None] == others[:, None, :]).any(2)  # (n, k + 1): a position is there once
-    similarities = similarities[kept].view(others.shape)
-    scalars = _votes("knn_leave_one_out", identities[others], similarities, identities[probes], knn)
+    similarities, positions = find(embeddings, embeddings[probes], knn[-1] + 1)
+    places = torch.arange(positions.shape[1]).expand_as(positions)
+    itself = (
+        places.masked_fill(positions != probes[:, None], positions.shape[1] - 1).min(1).values
+    )  # else the last goes
+    others = without_self(places, itself)
+    neighbours = owners(identities, positions.gather(1, others))
+    scalars = _votes("knn_leave_one_out", neighbours, similarities.gather(1, others), identities[probes], knn)
     return scalars | {"leave_one_out_probes": len(probes), "single_image_identities": int((counts == 1).sum())}
 
 
-def knn_gallery(gallery: Set, probes: Set, knn: Sequence[int], device: str) -> Scalars:
+def knn_gallery(gallery: Set, probes: Set, knn: Sequence[int], find: Finder) -> Scalars:
     """knn_gallery_K: the vote of the K nearest gallery images, and …_weighted_K: by 1 / distance."""
-    similarities, positions = search(gallery[0], probes[0], knn[-1], device)
-    scalars = _votes("knn_gallery", gallery[1][positions], similarities, probes[1], knn)
+    similarities, positions = find(gallery[0], probes[0], knn[-1])
+    scalars = _votes("knn_gallery", owners(gallery[1], positions), similarities, probes[1], knn)
     return scalars | {"knn_gallery": len(gallery[1]), "knn_probes": len(probes[1])}
 
 
@@ -130,7 +133,7 @@ def _votes(name: str, neighbours: Tensor, similarities: Tensor, truth: Tensor, k
     return majority | weighted
 
 
-def open_set_points(samples: Set, images: int, fpirs: Sequence[float], seed: int, device: str) -> Scalars:
+def open_set_points(samples: Set, images: int, fpirs: Sequence[float], seed: int, find: Finder) -> Scalars:
     """tpir_at_fpir: half of the identities, drawn, are enrolled with their first `images`; the others must raise no alarm.
 
     Each point is a dict of `OpenSetPoint` with `refused`, None or the reason why there is none.
@@ -143,8 +146,8 @@ def open_set_points(samples: Set, images: int, fpirs: Sequence[float], seed: int
     gallery, mated = (known.nonzero().squeeze(1)[part] for part in split_gallery(identities[known], images))
     strangers = (~known).nonzero().squeeze(1)
     probes = torch.cat([mated, strangers])
-    similarities, positions = search(embeddings[gallery], embeddings[probes], 1, device)
-    right = identities[gallery][positions[:, 0]] == identities[probes]
+    similarities, positions = find(embeddings[gallery], embeddings[probes], 1)
+    right = owners(identities[gallery], positions[:, 0]) == identities[probes]
     best = similarities[:, 0]
     points = [_open_set_point(best[: len(mated)], right[: len(mated)], best[len(mated) :], fpir) for fpir in fpirs]
     counts = {"open_set_enrolled": len(gallery), "open_set_mated": len(mated), "open_set_nonmated": len(strangers)}
@@ -158,11 +161,11 @@ def _open_set_point(mated: Tensor, right: Tensor, nonmated: Tensor, fpir: float)
         return {"target": fpir, "tpir": None, "refused": str(reason)}
 
 
-def nearest_centroid(gallery: Set, probes: Set, images: int, device: str) -> Scalars:
+def nearest_centroid(gallery: Set, probes: Set, images: int, find: Finder) -> Scalars:
     """centroid_accuracy: whether the nearest mean of `images` gallery images is the probe's identity."""
     means, identities = centroids(*gallery, images)
-    _, nearest = search(means, probes[0], 1, device)
-    return {"centroid_accuracy": _share(identities[nearest[:, 0]] == probes[1])}
+    _, nearest = find(means, probes[0], 1)
+    return {"centroid_accuracy": _share(owners(identities, nearest[:, 0]) == probes[1])}
 
 
 def triplets_exist(identities: Tensor) -> int:

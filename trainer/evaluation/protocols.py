@@ -14,6 +14,7 @@ from torch import Tensor
 from torch.nn.functional import normalize
 
 from trainer.evaluation.draws import draw_pairs
+from trainer.evaluation.finder import EXACT, SEARCHES, Finder
 from trainer.evaluation.measures import (
     Curves,
     Scalars,
@@ -71,6 +72,8 @@ class ProtocolConfig:
     """Images that are clustered for NMI and pairwise F; of a larger set, whole identities drawn up to this; 0: none."""
     band_draws: int = 1000
     """Draws of identities for the confidence band of the CMC; 0: no band."""
+    search: str = EXACT
+    """How neighbours are found: exact, or ivf, hnsw, ivfpq (see `approximate`), whose recall the results then have."""
     seed: int = 0
     """Of every draw."""
 
@@ -82,6 +85,8 @@ class ProtocolConfig:
         for name, least in smallest.items():
             if getattr(self, name) < least:
                 raise ValueError(f"evaluation.{name} is {getattr(self, name)}; it must be at least {least}")
+        if self.search not in SEARCHES:
+            raise ValueError(f"evaluation.search is {self.search!r}; allowed are {', '.join(SEARCHES)}")
         for name in ("ranks", "knn"):
             values = list(getattr(self, name))
             if not values or values != sorted(set(values)) or values[0] < 1:
@@ -159,22 +164,24 @@ def open_set(
     config = config or ProtocolConfig()
     samples = _unit(embeddings, identities, "embeddings")
     check_open_set(samples[1], config)
+    find = Finder(config.search, device)
     gallery, probes, own = _enrolled(samples, config)
-    ranks, curves = rank_k(gallery, probes, config.ranks, device, own, config.band_draws, config.seed)
+    ranks, curves = rank_k(gallery, probes, config.ranks, find, own, config.band_draws, config.seed)
     scalars = _about(samples[1], margin, squared, config, "leave_one_out") | ranks
     scalars["identities_without_probe"] = len(samples[1].unique()) - len(probes[1].unique())
-    scalars |= knn_leave_one_out(samples, config.knn, device)
+    scalars |= knn_leave_one_out(samples, config.knn, find)
     if config.fpirs:
-        scalars |= open_set_points(samples, config.gallery_images_per_identity, config.fpirs, config.seed, device)
+        scalars |= open_set_points(samples, config.gallery_images_per_identity, config.fpirs, config.seed, find)
     if config.retrieval_queries:
         scalars |= retrieved(samples, config.retrieval_queries, config.seed)
     gallery, probes = _split(samples, config.knn_gallery_images)
     if len(probes[1]) and len(gallery[1]) >= config.knn[-1]:
-        scalars |= knn_gallery(gallery, probes, config.knn, device)
+        scalars |= knn_gallery(gallery, probes, config.knn, find)
     else:
         sizes = f"{len(gallery[1])} gallery images and {len(probes[1])} probes"
         reason = f"the first {config.knn_gallery_images} images of each identity as gallery give {sizes}"
         _refuse(scalars, [f"knn_gallery_{k}" for k in config.knn], reason)
+    scalars |= find.told()
     return SetResult(scalars, curves | _compare(scalars, samples, squared, config, device))
 
 
@@ -214,10 +221,11 @@ def closed_set(
         "mean": lambda: centroids(*enrolled, images),
         "all_but_self": lambda: enrolled,
     }[config.gallery]()
-    ranks, curves = rank_k(few, searched, config.ranks, device, None, config.band_draws, config.seed)
+    find = Finder(config.search, device)
+    ranks, curves = rank_k(few, searched, config.ranks, find, None, config.band_draws, config.seed)
     scalars = _about(searched[1], margin, squared, config, "gallery") | ranks
-    scalars |= knn_gallery(enrolled, searched, config.knn, device)
-    scalars |= nearest_centroid(enrolled, searched, config.centroid_images, device)
+    scalars |= knn_gallery(enrolled, searched, config.knn, find)
+    scalars |= nearest_centroid(enrolled, searched, config.centroid_images, find) | find.told()
     return SetResult(scalars, curves | _compare(scalars, searched, squared, config, device))
 
 

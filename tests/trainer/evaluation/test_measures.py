@@ -6,7 +6,8 @@ import torch
 from sklearn.neighbors import KNeighborsClassifier
 
 from tests.trainer.evaluation.test_protocols import circle, people
-from trainer.evaluation.measures import open_set_points, operating_points
+from trainer.evaluation.finder import Finder
+from trainer.evaluation.measures import open_set_points, operating_points, rank_k
 from trainer.evaluation.protocols import ProtocolConfig, closed_set, open_set
 
 HAND = {"ranks": (1, 2), "knn": (1,), "knn_gallery_images": 1, "folds": 2, "pairs": 8, "fars": (), "fpirs": ()}
@@ -56,7 +57,7 @@ def test_closed_set_galleries_by_hand(gallery, images, rank1):
 
 def test_open_set_identification_against_loops():
     samples = people(identities=40, images=6, spread=1.2)
-    found = open_set_points(samples, 1, (0.1, 0.05, 0.01), 3, "cpu")
+    found = open_set_points(samples, 1, (0.1, 0.05, 0.01), 3, Finder())
     embeddings, identities = samples
     unique = identities.unique()
     known = set(unique[torch.randperm(40, generator=torch.Generator().manual_seed(3))][:20].tolist())
@@ -176,3 +177,38 @@ def test_nothing_is_measured_that_is_switched_off():
     found = judged(*people(), **off)
     assert not {"auc", "map", "nmi", "tar_at_far", "tpir_at_fpir"} & found.scalars.keys()
     assert found.curves.keys() == {"cmc", "identity_labels", "identity_rank1", "identity_probes"}
+
+
+@pytest.mark.parametrize("method", ["ivf", "hnsw"])
+def test_approximate_search_comes_with_its_recall(method):
+    samples = people(identities=60, images=10, d=32, spread=1.5)
+    exact, found = (judged(*samples, knn=(1, 5), search=name).scalars for name in ("exact", method))
+    assert (exact["search"], "search_recall" in exact) == ("exact", False)
+    assert found["search"] == method
+    assert 0.5 < found["search_recall"] <= 1
+    assert found["search_recall_probes"] > 0
+    assert found["rank1"] == pytest.approx(exact["rank1"], abs=0.1)
+
+
+def test_an_index_that_finds_too_few_gives_no_false_owners():
+    class Half:
+        """Finds one neighbour of the two asked for."""
+
+        def __call__(self, gallery, probes, k):
+            similarities, positions = Finder()(gallery, probes, k)
+            return similarities.index_fill(1, torch.tensor([1]), -torch.inf), positions.index_fill(
+                1, torch.tensor([1]), -1
+            )
+
+        def told(self):
+            return {}
+
+    gallery, probes = (circle(0, 90), torch.tensor([5, 7])), (circle(80, 10, 100), torch.tensor([5, 5, 7]))
+    scalars, _ = rank_k(gallery, probes, (1, 2), Half())
+    # 80 (5) -> 90 and nothing more: not found; 10 (5) right; 100 (7) right
+    assert (scalars["rank1"], scalars["rank2"]) == (2 / 3, 2 / 3)
+
+
+def test_a_search_that_does_not_exist():
+    with pytest.raises(ValueError, match=r"evaluation.search is 'lsh'; allowed are exact, ivf, hnsw, ivfpq"):
+        ProtocolConfig(search="lsh")
