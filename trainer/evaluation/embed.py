@@ -64,10 +64,11 @@ def embeddings_of(function: Function, loader: Loader, pace: Pace, advance: Advan
         pace.waited += time.perf_counter() - waits
         if batch is None:
             return
-        yield function(batch.images).float()  # (b, d)
-        pace.images += len(batch.images)
+        found = function(batch.images).float()  # (b, d)
+        pace.images += len(found)
         pace.seconds = time.perf_counter() - begun
-        advance(len(batch.images) * world_size())
+        advance(len(found) * world_size())
+        yield found
 
 
 @contextmanager

@@ -4,7 +4,7 @@ import json
 import shutil
 import sys
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +20,7 @@ from trainer.collectives import broadcast_buffers, gather_objects, rank
 from trainer.config import CONFIG, TrainConfig, load
 from trainer.evaluation.embed import PIXEL_SIZE, Function, embed, mirrored, raw_pixels
 from trainer.evaluation.embedding_store import DTYPES, MANIFEST, Encoder, Stored, embed_to, folder_name
+from trainer.evaluation.finder import EXACT
 from trainer.evaluation.prepared import Embed
 from trainer.evaluation.protocols import ProtocolConfig, SetResult, check_open_set, closed_set, open_set
 from trainer.evaluation.results import (
@@ -142,7 +143,10 @@ def evaluate(
             points, result = judge(source, kept, **asked)
             rows.append(ResultRow(SETS[name], FACESCALE, result))
             if len(split) <= BASELINE_IMAGES:
-                rows.append(ResultRow(SETS[name], RAW_PIXELS, judge(source, pixels, **asked)[1]))
+                exact = asked | {
+                    "config": replace(protocol, search=EXACT)
+                }  # an index of pixels costs more than it saves
+                rows.append(ResultRow(SETS[name], RAW_PIXELS, judge(source, pixels, **exact)[1]))
             first = first or (split, *points)
             advance(1)
     rows += judge_sets(

@@ -64,7 +64,13 @@ def test_what_is_stored_is_what_is_embedded(split, tmp_path):
     assert {path.name for path in out.iterdir()} == {"embeddings.json", "embeddings.npy", "identities.npy", "keys.txt"}
     assert torch.equal(torch.from_numpy(np.load(out / "embeddings.npy")), embeddings)
     assert (out / "keys.txt").read_text().splitlines() == [split.key(sample) for sample in range(len(split))]
-    assert found.manifest["images_per_s"] > 0
+    assert 1 < found.manifest["images_per_s"] < 1e6
+    assert 0 <= found.manifest["data_wait_percent"] <= 100
+
+
+def test_a_set_of_one_batch_has_a_pace(split, tmp_path):
+    found = store(tmp_path / "out", split, samples=np.arange(3))
+    assert 1 < found.manifest["images_per_s"] < 1e6
     assert 0 <= found.manifest["data_wait_percent"] <= 100
 
 
