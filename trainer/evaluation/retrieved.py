@@ -1,9 +1,6 @@
 """How well everything of an identity is found, and how well a threshold groups a set: average precision, clusters."""
 
 import torch
-from scipy.cluster.hierarchy import fcluster, linkage
-from scipy.spatial.distance import pdist
-from sklearn.metrics import normalized_mutual_info_score
 from torch import Tensor
 
 from trainer.collectives import gather_rows, rank, world_size
@@ -59,6 +56,10 @@ def clusters(samples: Set, threshold: float, most: int, seed: int) -> Scalars:
         harmonic mean pairwise_f, over all pairs of images: together in a cluster against of the same identity.
     Source: NMI: Manning, Raghavan, Schütze 2008, 16.3; pairwise F: Amigó et al. 2009; linkage: Otto, Wang, Jain 2018 for faces.
     """
+    from scipy.cluster.hierarchy import fcluster, linkage  # here: they take seconds, and training imports this module
+    from scipy.spatial.distance import pdist
+    from sklearn.metrics import normalized_mutual_info_score
+
     embeddings, identities = samples
     if len(identities) > most:
         chosen = draw_identities(identities, most, seed)
