@@ -18,6 +18,7 @@ from data_shards.progress import progress
 from trainer import checkpoint
 from trainer.collectives import broadcast_buffers, gather_objects, rank
 from trainer.config import CONFIG, TrainConfig, load
+from trainer.evaluation.draws import draw_identities
 from trainer.evaluation.embed import PIXEL_SIZE, Function, embed, mirrored, raw_pixels
 from trainer.evaluation.embedding_store import DTYPES, MANIFEST, Encoder, Stored, embed_to, folder_name
 from trainer.evaluation.finder import EXACT
@@ -41,6 +42,9 @@ EMBEDDINGS = "embeddings"
 """Name of the folder of stored embeddings in a run's folder."""
 BASELINE_IMAGES = 20_000
 """Images of a set up to which raw pixels are judged, too: they take 48 KiB an image."""
+
+SHOWN_IMAGES = 20_000
+"""Images among which the report looks for examples; of a larger set, whole identities are drawn up to this."""
 
 IN_TRAINING = ProtocolConfig(
     ranks=(1, 5), knn=(5,), fars=(), fpirs=(), roc_samples=0, retrieval_queries=0, cluster_samples=0, band_draws=0
@@ -166,11 +170,14 @@ def evaluate(
 
 def _save(run: Path, rows: Sequence[ResultRow], first: tuple[Split, Tensor, Tensor] | None, source: ShardSet) -> None:
     if first is None:
-        empty = torch.empty((0, 2)), torch.empty(0, dtype=torch.int64)
-        save_results(run / EVALUATION, rows, *empty)
+        save_results(run / EVALUATION, rows, None, None)
         return
     split, embeddings, identities = first
-    save_results(run / EVALUATION, rows, embeddings, identities, split=split, names=source.identity_names)
+    samples = torch.arange(len(identities))
+    if len(samples) > SHOWN_IMAGES:
+        samples = draw_identities(identities, SHOWN_IMAGES, seed=0)
+    shown: dict[str, Any] = {"split": split, "samples": samples.numpy(), "names": source.identity_names}
+    save_results(run / EVALUATION, rows, embeddings[samples], identities[samples], **shown)
 
 
 class _Kept:
