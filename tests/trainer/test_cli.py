@@ -9,7 +9,6 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from matplotlib.figure import Figure
 
 from data_shards.convert import ConvertConfig, convert
 from data_shards.index import ShardSet
@@ -51,7 +50,7 @@ OPTIONS = {
     "train": ["--config", "--run.folder", "--run.resume", "--plan.identities-per-batch", "--loss.margin"],
     "embed": ["RUN", "OUT", "--shards", "--split", "--device"],
     "evaluate": ["RUN", "--shards", "--gallery-images", "--closed-gallery-images", "--knn", "--seed", "--device"],
-    "report": ["RUN"],
+    "report": ["RUN", "--out", "--pdf"],
     "doctor": ["--help"],
 }  # fmt: skip
 
@@ -152,11 +151,17 @@ def test_evaluate_judges_both_sets_and_raw_pixels_beside(judged):
 
 
 def test_report_is_written_from_an_evaluated_run(judged, tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr("trainer.evaluation.report.tsne_figure", lambda *_: Figure())  # the slow one
+    monkeypatch.setattr("trainer.evaluation.report.PROJECTIONS", {})  # the slow ones
     run = Path(shutil.copytree(judged, tmp_path / "run"))
     assert main(["report", str(run)]) == 0
-    assert f"Report: {run}/report/results.md; pictures: accuracy.png, cmc.png" in capsys.readouterr().out
+    said = capsys.readouterr().out
+    assert f"Report: {run}/report/report.html; tables: {run}/report/results.md; pictures: accuracy.png, cmc.png" in said
     assert (run / "report" / "results.json").is_file()
+
+
+def test_report_of_several_runs_needs_a_folder(judged, tmp_path, capsys):
+    assert main(["report", str(judged), str(tmp_path)]) == 1
+    assert capsys.readouterr().err == ("facescale: 2 runs are given and no folder for their report; say --out FOLDER\n")
 
 
 def test_train_resumes_to_the_same_weights(run, shards, tmp_path):

@@ -72,9 +72,9 @@ class Examples:
 
     @classmethod
     def from_json(cls, found: dict[str, Any]) -> Self:
-        pairs = {name: [Pair(**pair) for pair in found[name]] for name in ("genuine", "impostor")}
-        counts = {name: int(found[name]) for name in ("samples", "identities", "probes", "missed")}
-        return cls(**pairs, misses=[Miss(**miss) for miss in found["misses"]], **counts)
+        genuine, impostor = ([Pair(**pair) for pair in found[name]] for name in ("genuine", "impostor"))
+        counts = [int(found[name]) for name in ("samples", "identities", "probes", "missed")]
+        return cls(genuine, impostor, [Miss(**miss) for miss in found["misses"]], *counts)
 
 
 def find_examples(embeddings: Tensor, identities: Tensor) -> Examples:
@@ -139,6 +139,8 @@ def shown_samples(identities: np.ndarray, seed: int = 0) -> np.ndarray:
 
     An identity with few images shows no cluster: where others have five, those with fewer are not drawn.
     """
+    if not len(identities):
+        return np.empty(0, np.int64)
     unique, counts = np.unique(identities, return_counts=True)
     several = unique[counts >= min(5, counts.max())]
     chosen = np.random.default_rng(seed).permutation(several)[:SHOWN_IDENTITIES]

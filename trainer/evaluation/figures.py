@@ -1,9 +1,7 @@
-"""The report's pictures. Each function returns a Figure of its own; no global matplotlib state is touched.
+"""Plots drawn with matplotlib. Each call returns a Figure of its own; no global matplotlib state is touched."""
 
-Colours are those of Okabe and Ito (2008), told apart with any colour vision; raw pixels are always grey.
-"""
-
-from collections.abc import Mapping, Sequence
+from math import ceil
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -11,218 +9,127 @@ from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, NullFormatter
-from sklearn.manifold import TSNE
 
-from trainer.evaluation.results import FACESCALE, RAW_PIXELS, UNSEEN_IDENTITIES, UNSEEN_IMAGES, ResultRow
+from trainer.evaluation.plots import LIGHT, Line, Panel, Plot, Style
 
-BLUE, VERMILLION, GREEN, ORANGE = "#0072B2", "#D55E00", "#009E73", "#E69F00"
-DARK_YELLOW = "#B8A900"  # their yellow hardly shows on white
-OKABE_ITO = (BLUE, VERMILLION, GREEN, ORANGE, "#56B4E9", "#CC79A7", "#000000", DARK_YELLOW)
-GREY, TEXT = "#8C8C8C", "#333333"
-MARKERS = "o^sDvP*X"
-CHANCE: dict[str, Any] = {"color": "#BFBFBF", "linestyle": ":", "linewidth": 1.4}
-TSNE_IDENTITIES, TSNE_IMAGES = 20, 50
-SET_COLOURS = {UNSEEN_IDENTITIES: BLUE, UNSEEN_IMAGES: VERMILLION}
-SET_LINES = {UNSEEN_IDENTITIES: "-", UNSEEN_IMAGES: "--"}
-
-Line = Mapping[str, Any]
+GREY, TEXT, GRID = "#8C8C8C", "#333333", "#E5E5E5"
+MARKERS = "o^sDvPX*"
+DASHES: tuple[Any, ...] = ("-", (0, (5, 2)), (0, (5, 2, 1, 2)), (0, (1, 1.5)), (0, (9, 2)), (0, (9, 2, 1, 2, 1, 2)))
+PANEL = (6.4, 4.4)
+"""Inches."""
+TALL = (6.8, 6.2)
 
 
-def loss_figure(log: Sequence[Line], evaluations: Sequence[Line], distance: str) -> Figure:
-    """Training loss, distances and active fraction over the images seen; `distance` is "root" or "squared"."""
-    figure, (top, middle, bottom) = _figure(7.2, 7.6, 3, sharex=True, height_ratios=[1.5, 1, 1])
-    scale, unit = _scale(log)
-    seen = _column(log, "images_seen") / scale
-    _trace(top, seen, _column(log, "loss"), BLUE, "training")
-    if any("triplet_loss" in line for line in evaluations):
-        at = _column(evaluations, "images_seen") / scale
-        style = {"color": VERMILLION, "marker": "o", "markersize": 5, "linewidth": 1.2}
-        top.plot(at, _column(evaluations, "triplet_loss"), label="unseen identities, mean of all triplets", **style)
-    _trace(middle, seen, _column(log, "d_an"), ORANGE, "anchor to hardest negative")
-    _trace(middle, seen, _column(log, "d_ap"), GREEN, "anchor to hardest positive")
-    _trace(bottom, seen, 100 * _column(log, "active_fraction"), BLUE, "")
-    top.set_ylabel("triplet loss")
-    middle.set_ylabel(f"mean {distance} distance")
-    bottom.set_ylabel("active triplets (%)")
-    bottom.set_ylim(0, 103)
-    bottom.set_xlim(0, 1.02 * seen[-1])
-    bottom.set_xlabel(f"images seen{unit}")
-    for axes in (top, middle):
-        axes.legend(frameon=False, fontsize=9, loc="best")
-        axes.set_ylim(bottom=min(0, axes.get_ylim()[0]))
-    top.set_title("Loss and triplet health")
-    return figure
-
-
-def accuracy_figure(log: Sequence[Line], evaluations: Sequence[Line], rows: Sequence[ResultRow]) -> Figure:
-    """Four accuracies over the images seen: during training, at the end, and those of raw pixels."""
-    figure, panels = _figure(8.4, 6.6, 2, 2, sharex=True, sharey=True)
-    scale, unit = _scale(log)
-    end = log[-1]["images_seen"] / scale
-    titles = {"rank1": "Rank-1", "rank5": "Rank-5", "knn": "kNN", "verification_accuracy": "Verification (pairs)"}
-    handles: dict[str, Any] = {}
-    for axes, (name, title) in zip(panels.flat, titles.items(), strict=True):
-        measured = [line for line in evaluations if name in line]
-        if measured:
-            at, values = _column(measured, "images_seen") / scale, 100 * _column(measured, name)
-            label = f"{UNSEEN_IDENTITIES}, during training"
-            (handles[label],) = axes.plot(at, values, color=BLUE, marker="o", markersize=3.5, linewidth=1.4)
-        for row in rows:
-            value = row.result.headline().get(name)
-            if value is None:
-                continue
-            label = f"{row.set}, {RAW_PIXELS if row.embedder == RAW_PIXELS else 'at the end'}"
-            if row.embedder == RAW_PIXELS:
-                handles[label] = axes.axhline(100 * value, color=GREY, linestyle=SET_LINES[row.set], linewidth=1.6)
-            else:
-                style = {
-                    "color": SET_COLOURS[row.set],
-                    "marker": "D",
-                    "markersize": 8,
-                    "linestyle": "none",
-                    "zorder": 5,
-                }
-                (handles[label],) = axes.plot(end, 100 * value, markeredgecolor="white", clip_on=False, **style)
-        axes.set_title(title, fontsize=11)
-    panels[0, 0].set_xlim(0, end * 1.03)
-    panels[0, 0].set_ylim(max(0, 10 * np.floor(panels[0, 0].get_ylim()[0] / 10)), 101)
-    for axes in panels[:, 0]:
-        axes.set_ylabel("accuracy (%)")
-    for axes in panels[-1]:
-        axes.set_xlabel(f"images seen{unit}")
-    figure.legend(handles.values(), handles.keys(), loc="outside lower center", ncols=2, frameon=False, fontsize=9)
-    return figure
-
-
-def roc_figure(rows: Sequence[ResultRow]) -> Figure:
-    """ROC with a logarithmic FAR, drawn from where at least 10 impostor pairs are accepted."""
-    figure, axes = _figure(6.8, 5.2)
-    least = 1.0
-    for row in _raw_first(rows):
-        curves, scalars = row.result.curves, row.result.scalars
-        if "roc_far" not in curves:
-            continue
-        start = min(0.1, 10 / scalars["impostor_pairs"])
-        shown = curves["roc_far"] >= start
-        least = min(least, start)
-        label = f"{row.embedder}, {row.set} (AUC {scalars['auc']:.3f})"
-        axes.plot(100 * curves["roc_far"][shown], 100 * curves["roc_tar"][shown], label=label, **_style(row))
-    chance = np.geomspace(least, 1, 100)
-    axes.plot(100 * chance, 100 * chance, label="chance", **CHANCE)
-    axes.set_xscale("log")
-    axes.set_xlim(100 * least, 100)
-    axes.set_ylim(0, 101)
-    axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
-    axes.xaxis.set_minor_formatter(NullFormatter())
-    axes.set_xlabel("false-accept rate, FAR (% of impostor pairs)")
-    axes.set_ylabel("true-accept rate, TAR (% of genuine pairs)")
-    axes.set_title("Verification: receiver operating characteristic")
-    _legend_below(figure)
-    return figure
-
-
-def cmc_figure(rows: Sequence[ResultRow]) -> Figure:
-    """Cumulative match characteristic up to rank 50."""
-    figure, axes = _figure(6.8, 5.2)
-    longest, sizes = 1, set()
-    for row in _raw_first(rows):
-        cmc, scalars = row.result.curves["cmc"], row.result.scalars
-        ranks = np.arange(1, len(cmc) + 1)
-        longest = max(longest, len(cmc))
-        label = f"{row.embedder}, {row.set} ({scalars['gallery_identities']:,} enrolled, {scalars['probes']:,} probes)"
-        style = _style(row) | {"marker": "o", "markersize": 5, "markevery": [i for i in (0, 4) if i < len(cmc)]}
-        axes.plot(ranks, 100 * cmc, label=label, **style)
-        sizes.add(scalars["gallery_identities"])
-    for enrolled in sorted(sizes):
-        ranks = np.arange(1, min(longest, enrolled) + 1)
-        axes.plot(ranks, 100 * ranks / enrolled, label=f"chance, {enrolled:,} enrolled", **CHANCE)
-    axes.set_xlim(0.5, longest + 0.5)
-    axes.set_xticks([rank for rank in (1, 5, 10, 20, 30, 40, 50) if rank <= longest])
-    axes.set_ylim(0, 101)
-    axes.set_xlabel("rank (identities)")
-    axes.set_ylabel("probes identified at this rank or better (%)")
-    axes.set_title("Identification: cumulative match characteristic")
-    _legend_below(figure)
-    return figure
-
-
-def tsne_figure(embeddings: np.ndarray, identities: np.ndarray, judged: str, seed: int = 0) -> Figure:
-    """t-SNE, by cosine, of up to 50 images of each of up to 20 identities drawn with the seed.
-
-    Args:
-        embeddings: shape (n, d).
-        identities: shape (n,).
-        judged: name of the set.
-    """
-    unique, counts = np.unique(identities, return_counts=True)
-    several = unique[counts >= min(5, counts.max())]  # an identity with few images shows no cluster
-    generator = np.random.default_rng(seed)
-    chosen = np.sort(generator.permutation(several)[:TSNE_IDENTITIES])
-    positions = np.concatenate([np.flatnonzero(identities == identity)[:TSNE_IMAGES] for identity in chosen])
-    perplexity = max(1.0, min(30.0, (len(positions) - 1) / 3))
-    tsne = TSNE(metric="cosine", perplexity=perplexity, init="random", random_state=seed)
-    points = tsne.fit_transform(embeddings[positions])  # (p, 2)
-    figure, axes = _figure(8.0, 6.4)
-    for number, identity in enumerate(chosen):
-        own = points[identities[positions] == identity]
-        colour = OKABE_ITO[number % len(OKABE_ITO)]
-        marker = MARKERS[(number // len(OKABE_ITO) + number) % len(MARKERS)]
-        style = {"color": colour, "marker": marker, "s": 26, "alpha": 0.85, "linewidths": 0.4, "edgecolors": "white"}
-        axes.scatter(own[:, 0], own[:, 1], label=str(identity), **style)
-    axes.set_aspect("equal", adjustable="datalim")
-    axes.set_xticks([])
-    axes.set_yticks([])
-    axes.set_xlabel("t-SNE 1 (no unit)")
-    axes.set_ylabel("t-SNE 2 (no unit)")
-    axes.set_title(f"t-SNE by cosine: {len(positions):,} images of {len(chosen)} identities\n({judged})")
-    figure.legend(title="identity", loc="outside right upper", frameon=False, fontsize=8)
-    return figure
-
-
-def _figure(width: float, height: float, rows: int = 1, columns: int = 1, **grid: Any) -> tuple[Figure, Any]:
-    """Axes: one, a 1-D array or a 2-D array, as `Figure.subplots` gives them."""
-    figure = Figure(figsize=(width, height), dpi=150, layout="constrained", facecolor="white")
+def draw(plot: Plot) -> Figure:
+    """The plot as one figure with a white background: a panel beside the other up to two, further ones below."""
+    columns = min(2, len(plot.panels))
+    rows = ceil(len(plot.panels) / columns)
+    width, height = TALL if plot.tall else PANEL
+    legend = [line for line in plot.legend() if not line.hidden]
+    beside = bool(plot.legend_title)
+    below = 0 if beside else 0.24 * ceil(len(legend) / columns)
+    size = (columns * width + 1.2 * beside, rows * height + below)
+    figure = Figure(figsize=size, dpi=150 if len(plot.panels) < 3 else 110, layout="constrained", facecolor="white")
     FigureCanvasAgg(figure)
-    axes = figure.subplots(rows, columns, **grid)
-    for each in np.atleast_1d(axes).flat:
-        each.spines[["top", "right"]].set_visible(False)
-        each.spines[["left", "bottom"]].set_color(TEXT)
-        each.tick_params(colors=TEXT, labelsize=9)
-        each.grid(color="#E5E5E5", linewidth=0.7)
-        each.set_axisbelow(True)
-    return figure, axes
+    handles: dict[str, Any] = {}
+    for number, panel in enumerate(plot.panels, start=1):
+        axes = figure.add_subplot(rows, columns, number, projection="3d" if panel.solid else None)
+        _draw_panel(axes, panel, handles)
+    figure.suptitle(_plain(plot.title), color=TEXT, fontsize=12)
+    named = {line.label: handles[line.label] for line in legend if line.label in handles}
+    if named:
+        place: dict[str, Any] = {"loc": "outside lower left", "ncols": columns}
+        if beside:
+            place = {"loc": "outside right upper", "title": plot.legend_title, "ncols": 1}
+        labels = [_plain(label) for label in named]
+        figure.legend(list(named.values()), labels, frameon=False, fontsize=8 if beside else 9, **place)
+    return figure
 
 
-def _trace(axes: Axes, x: np.ndarray, y: np.ndarray, colour: str, label: str) -> None:
-    """The logged values faintly, their running mean over a fiftieth of the run on top."""
-    window = np.ones(2 * (len(y) // 100) + 1)
-    if len(window) > 1:
-        axes.plot(x, y, color=colour, alpha=0.25, linewidth=0.8)
-    mean = np.convolve(y, window, mode="same") / np.convolve(np.ones(len(y)), window, mode="same")
-    axes.plot(x, mean, color=colour, linewidth=1.8, label=label)
+def save(figure: Figure, path: Path) -> None:
+    """Writes PNG or PDF, by the name, without a date in it: the same figure gives the same bytes."""
+    figure.savefig(path, metadata={"CreationDate": None} if path.suffix == ".pdf" else None)
 
 
-def _style(row: ResultRow) -> dict[str, Any]:
-    colour = GREY if row.embedder == RAW_PIXELS else SET_COLOURS[row.set]
-    return {"color": colour, "linestyle": SET_LINES[row.set], "linewidth": 2.0 if row.embedder == FACESCALE else 1.6}
+def _draw_panel(axes: Any, panel: Panel, handles: dict[str, Any]) -> None:
+    _prepare(axes, panel)
+    if panel.log_x:
+        axes.set_xscale("log")
+        axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+        axes.xaxis.set_minor_formatter(NullFormatter())
+    for number, line in enumerate(sorted(panel.lines, key=lambda line: line.kind == "points")):
+        if line.hidden:
+            continue
+        handle = _draw_line(axes, line, 2 + 0.01 * number)
+        if line.label and line.kind != "faint":
+            handles.setdefault(line.label, handle)
+    if panel.x_range:
+        axes.set_xlim(*panel.x_range)
+    low, high = panel.y_range
+    if low is not None:
+        axes.set_ylim(bottom=low)
+    if high is not None:
+        axes.set_ylim(top=high)
 
 
-def _raw_first(rows: Sequence[ResultRow]) -> list[ResultRow]:
-    return sorted(rows, key=lambda row: row.embedder != RAW_PIXELS)  # ours is drawn over it
+def _prepare(axes: Any, panel: Panel) -> None:
+    axes.set_title(_plain(panel.title), fontsize=10, color=TEXT)
+    axes.tick_params(colors=TEXT, labelsize=9)
+    axes.grid(color=GRID, linewidth=0.7)
+    if panel.solid:
+        for axis in (axes.xaxis, axes.yaxis, axes.zaxis):
+            axis.set_ticklabels([])
+        return
+    axes.set_axisbelow(True)
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.spines[["left", "bottom"]].set_color(TEXT)
+    axes.set_xlabel(panel.x_label, color=TEXT)
+    axes.set_ylabel(panel.y_label, color=TEXT)
+    if panel.square:
+        axes.set_aspect("equal", adjustable="datalim")
+        axes.set_xticks([])
+        axes.set_yticks([])
 
 
-def _legend_below(figure: Figure) -> None:
-    handles, labels = figure.axes[0].get_legend_handles_labels()
-    figure.legend(handles, labels, loc="outside lower left", frameon=False, fontsize=9)
+def _draw_line(axes: Any, line: Line, order: float) -> Any:
+    colour, dash = colour_of(line.style), DASHES[line.style.dash % len(DASHES)]
+    if line.z is not None:
+        return axes.scatter(line.x, line.y, line.z, **_dots(line.style, 18))
+    if line.kind == "points":
+        if line.low is not None and line.high is not None:
+            span = np.abs(np.stack([line.y - line.low, line.high - line.y]))
+            axes.errorbar(line.x, line.y, span, fmt="none", ecolor=colour, elinewidth=1.2, capsize=3, zorder=order)
+        return axes.scatter(line.x, line.y, zorder=order, **_dots(line.style, 46 if len(line.x) < 10 else 26))
+    if line.kind == "across":
+        return axes.axhline(line.y[0], color=colour, linestyle=dash, linewidth=1.6)
+    if line.kind == "upright":
+        return axes.axvline(line.x[0], color=colour, linestyle=dash, linewidth=1.6)
+    if line.kind == "faint":
+        return axes.plot(line.x, line.y, color=colour, alpha=0.25, linewidth=0.8)[0]
+    if line.kind == "steps":
+        axes.fill_between(line.x, line.y, step="post", color=colour, alpha=0.2, linewidth=0)
+        return axes.plot(line.x, line.y, drawstyle="steps-post", color=colour, linestyle=dash, linewidth=1.6)[0]
+    return _draw_curve(axes, line, colour, dash, order)
 
 
-def _column(lines: Sequence[Line], name: str) -> np.ndarray:
-    """The values of a name, shape (lines,), float64, NaN where a line lacks it."""
-    return np.array([float(line.get(name, np.nan)) for line in lines])
+def _draw_curve(axes: Axes, line: Line, colour: str, dash: Any, order: float) -> Any:
+    if line.low is not None and line.high is not None:
+        axes.fill_between(line.x, line.low, line.high, color=colour, alpha=0.15, linewidth=0)
+    style: dict[str, Any] = {"color": colour, "linestyle": dash, "linewidth": 1.8, "zorder": order}
+    if line.style.marker is not None:
+        marker = MARKERS[line.style.marker % len(MARKERS)]
+        style |= {"marker": marker, "markersize": 4.5, "markevery": max(1, len(line.x) // 12)}
+    return axes.plot(line.x, line.y, **style)[0]
 
 
-def _scale(log: Sequence[Line]) -> tuple[float, str]:
-    most = log[-1]["images_seen"]
-    if most >= 2_000_000:
-        return 1e6, " (millions)"
-    return (1e3, " (thousands)") if most >= 2_000 else (1.0, "")
+def _dots(style: Style, size: float) -> dict[str, Any]:
+    marker = MARKERS[(style.marker or 0) % len(MARKERS)]
+    return {"color": colour_of(style), "marker": marker, "s": size, "linewidths": 0.4, "edgecolors": "white"}
+
+
+def colour_of(style: Style) -> str:
+    return GREY if style.colour is None else LIGHT[style.colour % len(LIGHT)]
+
+
+def _plain(text: str) -> str:
+    return text.replace("$", r"\$")  # matplotlib would set what stands between two as mathematics

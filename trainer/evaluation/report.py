@@ -1,93 +1,101 @@
-"""`facescale report RUN`: tables and pictures of one run, from its log and its evaluation."""
+"""`facescale report RUN [RUN ...]`: a page, tables and pictures of one run or several, from their logs and evaluations."""
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-import yaml
-from matplotlib.figure import Figure
-
 from data_shards.progress import progress
-from trainer.config import CONFIG
-from trainer.evaluation.figures import accuracy_figure, cmc_figure, loss_figure, roc_figure, tsne_figure
-from trainer.evaluation.results import EVALUATION, load_results, replaced_folder
-from trainer.evaluation.tables import PUBLISHED, results_markdown
+from trainer.evaluation.figures import draw, save
+from trainer.evaluation.galleries import GALLERIES, gallery_figure
+from trainer.evaluation.markdown import results_markdown
+from trainer.evaluation.page import page_html
+from trainer.evaluation.plots import Plot
+from trainer.evaluation.plots_results import cmc_plot, histogram_plot, identities_plot, roc_plot
+from trainer.evaluation.plots_training import accuracy_plot, health_plot, loss_plot, throughput_plot
+from trainer.evaluation.projections import PROJECTIONS, projection_plot
+from trainer.evaluation.records import Record, read_records
+from trainer.evaluation.results import replaced_folder
+from trainer.evaluation.tables import PUBLISHED
+
+PAGE = "report.html"
+
+Maker = Callable[[Sequence[Record]], Plot | None]
+MAKERS: tuple[Maker, ...] = (
+    loss_plot,
+    accuracy_plot,
+    health_plot,
+    throughput_plot,
+    cmc_plot,
+    roc_plot,
+    histogram_plot,
+    identities_plot,
+)
 
 
-def write_report(run: Path) -> Path:
-    """Writes RUN/report with results.json, results.md, loss.png, accuracy.png, roc.png, cmc.png and tsne.png.
+def write_report(runs: Path | Sequence[Path], *, out: Path | None = None, pdf: bool = False) -> Path:
+    """Writes a folder with report.html, results.md, results.json and every figure as PNG.
 
     A report written before stays until the new one is whole, and is then replaced.
 
     Args:
-        run: folder of a run that was trained and evaluated.
+        runs: folders of runs that were trained and evaluated; several are set side by side.
+        out: the folder; RUN/report where None. Where it exists it must be a report.
+        pdf: every figure as a vector PDF, too.
     Returns:
         the folder of the report.
     Raises:
-        ValueError: the run has no settings, no log or no evaluation, or one of them is damaged.
+        ValueError: several runs without `out`, or `out` is something else; or see `read_records`.
     """
-    config = _settings(run / CONFIG)
-    log = _json_lines(run / "log.jsonl", ("step", "images_seen", "loss", "active_fraction", "d_ap", "d_an"))
-    if not log:
-        raise ValueError(f"{run / 'log.jsonl'} is missing or holds no step; train with `facescale train` first")
-    evaluations = _json_lines(run / "evaluations.jsonl", ("step", "images_seen"))
-    found = load_results(run / EVALUATION)
-    rows = found.rows
-    listed = [{"set": row.set, "embedder": row.embedder} | row.result.scalars for row in rows]
-    name = run.resolve().name
-    summary = {"run": name, "settings": config, "last_step": log[-1], "rows": listed, "published": PUBLISHED}
-    distance = config.get("loss", {}).get("distance", "root")
-    makers: dict[str, Callable[[], Figure]] = {
-        "loss": lambda: loss_figure(log, evaluations, distance),
-        "accuracy": lambda: accuracy_figure(log, evaluations, rows),
-        "roc": lambda: roc_figure(rows),
-        "cmc": lambda: cmc_figure(rows),
-        "tsne": lambda: tsne_figure(found.embeddings.numpy(), found.identities.numpy(), rows[0].set),
-    }
-    pictures: dict[str, Figure] = {}
-    with progress("report", len(makers), "pictures") as advance:
-        for picture, make in makers.items():
-            pictures[picture] = make()
+    runs = [runs] if isinstance(runs, Path) else list(runs)
+    folder = _folder(runs, out)
+    records = read_records(runs)
+    plots = _plots(records)
+    pictures = {plot.name: draw(plot) for plot in plots}
+    galleries = {name: figure for name in GALLERIES if (figure := gallery_figure(records, name))}
+    with replaced_folder(folder) as partial:
+        (partial / "results.json").write_text(json.dumps(_summary(records), indent=1, default=str) + "\n")
+        (partial / "results.md").write_text(results_markdown(records, plots, list(galleries)), encoding="utf-8")
+        (partial / PAGE).write_text(page_html(records, plots), encoding="utf-8")
+        for name, figure in (pictures | galleries).items():
+            save(figure, partial / f"{name}.png")
+            if pdf:
+                save(figure, partial / f"{name}.pdf")
+    return folder
+
+
+def _folder(runs: Sequence[Path], out: Path | None) -> Path:
+    if out is None and len(runs) > 1:
+        raise ValueError(f"{len(runs)} runs are given and no folder for their report; say --out FOLDER")
+    if out is None:
+        return runs[0] / "report"
+    whole = out.is_dir() and (not any(out.iterdir()) or (out / "results.md").is_file())
+    if out.exists() and not whole:
+        raise ValueError(f"--out is {out}, which exists and is no report; choose another folder")
+    return out
+
+
+def _plots(records: Sequence[Record]) -> list[Plot]:
+    projections = [lambda records, name=name: projection_plot(records, name) for name in PROJECTIONS]
+    makers: list[Maker] = [*MAKERS, *projections]
+    plots = []
+    with progress("report", len(makers), "figures") as advance:
+        for make in makers:
+            plot = make(records)
+            plots += [plot] if plot else []
             advance(1)
-    with replaced_folder(run / "report") as folder:
-        (folder / "results.json").write_text(json.dumps(summary, indent=1, default=str) + "\n")
-        (folder / "results.md").write_text(results_markdown(name, config, log, rows), encoding="utf-8")
-        for picture, figure in pictures.items():
-            figure.savefig(folder / f"{picture}.png")
-    return run / "report"
+    return plots
 
 
-def _settings(path: Path) -> dict[str, Any]:
-    if not path.is_file():
-        raise ValueError(f"{path} does not exist; {path.parent} is not the folder of a run")
-    try:
-        found = yaml.safe_load(path.read_text())
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise ValueError(f"{path} is not YAML: {' '.join(str(error).split())}") from None
-    if not isinstance(found, dict):
-        raise ValueError(f"{path} is not a mapping of settings")
-    return found
-
-
-def _json_lines(path: Path, needed: tuple[str, ...]) -> list[dict[str, Any]]:
-    """The objects of a file with one per line, by ascending step; none where there is no file.
-
-    A last line that a kill cut short is passed over. Of two lines for a step, which a resumed run may leave, the later
-    one holds.
-    """
-    if not path.is_file():
-        return []
-    text = path.read_text()
-    lines = text.splitlines()
-    by_step: dict[int, dict[str, Any]] = {}
-    for number, line in enumerate(lines, start=1):
-        try:
-            entry = json.loads(line)
-            by_step[entry["step"]] = {name: entry[name] for name in needed} | entry
-        except (ValueError, KeyError, TypeError) as error:
-            if number == len(lines) and not text.endswith("\n"):
-                break
-            reason = f"no {error}" if isinstance(error, KeyError) else "not a JSON object"
-            raise ValueError(f"{path}, line {number}: {reason}; the log is damaged") from None
-    return [by_step[step] for step in sorted(by_step)]
+def _summary(records: Sequence[Record]) -> dict[str, Any]:
+    """The results as JSON: of one run its own fields, of several a list of them under `runs`."""
+    runs = [
+        {
+            "run": record.name,
+            "settings": record.config,
+            "last_step": record.log[-1],
+            "rows": [{"set": row.set, "embedder": row.embedder} | row.result.scalars for row in record.results.rows],
+        }
+        for record in records
+    ]
+    return (runs[0] if len(runs) == 1 else {"runs": runs}) | {"published": PUBLISHED}

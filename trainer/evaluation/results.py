@@ -154,6 +154,8 @@ def load_results(folder: Path) -> Results:
             name: torch.from_numpy(array) for name, array in _arrays(folder / "embeddings.npz", needed=False).items()
         }
         rows = [_row(number, entry, curves) for number, entry in enumerate(listed)]
+        if "embeddings" in faces and len(faces["embeddings"]) == 0:
+            faces = {}
         results = Results(rows, faces.get("embeddings"), faces.get("identities"), **_examples(folder))
     except (OSError, ValueError, KeyError, TypeError, AttributeError, BadZipFile) as error:
         reason = f"{type(error).__name__}: {error}"

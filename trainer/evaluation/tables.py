@@ -1,9 +1,10 @@
-"""results.md: Markdown from result rows. Numbers come in, text goes out."""
+"""Tables of the report, as data and as Markdown. Numbers come in, text goes out."""
 
-from collections.abc import Sequence
-from statistics import median
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
 from typing import Any
 
+from trainer.evaluation.records import Record
 from trainer.evaluation.results import FACESCALE, RAW_PIXELS, ResultRow
 
 PUBLISHED = {
@@ -12,68 +13,162 @@ PUBLISHED = {
     "lfw_verification_accuracy": 0.8933,
     "rank5": {"VGGFace2": 0.7233, "LFW": 0.5785},
 }
-FIGURES = {
-    "loss.png": "Triplet loss, distances and active fraction over the images seen",
-    "accuracy.png": "Rank-1, Rank-5, kNN and verification accuracy over the images seen, beside raw pixels",
-    "roc.png": "True-accept rate over false-accept rate, beside raw pixels",
-    "cmc.png": "Cumulative match characteristic, beside raw pixels",
-    "tsne.png": "t-SNE of embeddings of unseen identities, one colour and marker for each",
-}
 MISSING = "–"  # noqa: RUF001
 
 Scalars = dict[str, Any]
 
 
-def results_markdown(
-    name: str, config: dict[str, Any], log: Sequence[dict[str, Any]], rows: Sequence[ResultRow]
-) -> str:
-    """The whole of results.md.
+@dataclass(frozen=True)
+class Table:
+    caption: str
+    head: list[str]
+    body: list[list[str]]
+    left: int
+    """Columns, from the first, whose cells are words; the others are numbers."""
+    published: tuple[list[str], ...] = ()
+    """Further rows that are not ours."""
 
-    Args:
-        name: of the run folder.
-        config: the run's settings, nested as in config.yaml.
-        log: training log lines, oldest first, at least one.
-        rows: in the order in which they are listed.
-    """
-    parts = [f"# Results of `{name}`", _training(config, log), main_table(rows), _notes(rows)]
-    parts += ["## Curves", *(f"![{text}]({file})" for file, text in FIGURES.items())]
-    parts += ["## Full results", full_table(rows), *_refusals(rows), "## How it was measured", _protocol(rows)]
-    return "\n\n".join(parts) + "\n"
+    def markdown(self) -> str:
+        rule = ["---" if column < self.left else "---:" for column in range(len(self.head))]
+        rows = (self.head, rule, *self.body, *self.published)
+        return "\n".join("| " + " | ".join(_cell(cell) for cell in cells) + " |" for cells in rows)
 
 
 def main_table(rows: Sequence[ResultRow]) -> str:
-    """kNN / Contrastive / Rank5 / Loss for each margin, set and embedder."""
+    """kNN / Contrastive / Rank5 / Loss for each margin, set and embedder, as Markdown."""
+    return Table("", ["Margin", "Set", "Embedding", *_HEADLINES], [_summary(row) for row in rows], left=3).markdown()
+
+
+def summary_table(records: Sequence[Record]) -> Table:
+    """The table of the original project: kNN, Contrastive, Rank5 and Loss by margin, its published values below."""
+    several = len(records) > 1
     body = []
-    for row in rows:
-        s = row.result.scalars
-        contrastive = percent(s.get("verification_accuracy"), s.get("verification_std"))
-        rates = [percent(row.result.headline_knn()), contrastive, percent(s.get("rank5"))]
-        body.append([margin(s["margin"]), row.set, row.embedder, *rates, number(s.get("triplet_loss"))])
-    return _table(["Margin", "Set", "Embedding", "kNN", "Contrastive", "Rank5", "Loss"], body, left=3)
+    for name in dict.fromkeys(row.set for record in records for row in record.results.rows):
+        for record in records:
+            own = [row for row in record.results.rows if row.set == name]
+            body += [[record.name] * several + _summary(row) for row in own]
+    rank5: dict[str, float] = PUBLISHED["rank5"]  # type: ignore[assignment]
+    theirs = [
+        [MISSING, "set not told", percent(PUBLISHED["knn"]), MISSING, MISSING, MISSING],
+        [MISSING, "VGGFace2", MISSING, MISSING, percent(rank5["VGGFace2"]), MISSING],
+        [MISSING, "LFW", MISSING, percent(PUBLISHED["lfw_verification_accuracy"]), percent(rank5["LFW"]), MISSING],
+    ]
+    published = [[MISSING] * several + [*row[:2], "published, not ours", *row[2:]] for row in theirs]
+    head = ["Run"] * several + ["Margin", "Set", "Embedding", *_HEADLINES]
+    caption = f"kNN, verification, Rank-5 and triplet loss by margin and set. Last rows: {PUBLISHED['note']}, for orientation."
+    return Table(caption, head, body, 3 + several, tuple(published))
+
+
+def full_table(records: Sequence[Record]) -> Table:
+    """Every measure as a row, every run, set and embedder as a column."""
+    rows = [(record, row) for record in records for row in record.results.rows]
+    several = len(records) > 1
+    head = ["Measure"]
+    for record, row in rows:
+        told = f"{row.set}: {row.embedder}, margin {margin(row.result.scalars.get('margin', MISSING))}"
+        head.append(f"{record.name}, {told}" if several else told)
+    columns = [measures(row.result.scalars) for _, row in rows]
+    names = list(dict.fromkeys(label for column in sorted(columns, key=len, reverse=True) for label in column))
+    kept = [name for name in names if any(column.get(name, MISSING) != MISSING for column in columns)]
+    body = [[name, *(column.get(name, MISSING) for column in columns)] for name in kept]
+    return Table("Every measure of every set.", head, body, left=1)
+
+
+def points_table(records: Sequence[Record], name: str) -> Table | None:
+    """Operating points of our results, with intervals and refusals; None where there are none.
+
+    Args:
+        name: "tar_at_far" or "tpir_at_fpir".
+    """
+    hit, false = ("TAR", "FAR") if name == "tar_at_far" else ("TPIR", "FPIR")
+    several = len(records) > 1
+    body = []
+    for record in records:
+        for row in record.results.rows:
+            for point in row.result.scalars.get(name) or []:
+                own = [record.name] * several + [row.set, row.embedder, f"{100 * point['target']:g} %"]
+                body.append(own + _point(point, hit.lower(), false.lower(), row.result.scalars))
+    if not body:
+        return None
+    counts = ["Genuine pairs", "Impostor pairs"] if hit == "TAR" else ["Mated probes", "Non-mated probes"]
+    head = ["Run"] * several + ["Set", "Embedding", f"{false} at most", f"{false} reached", f"{hit}", "95 % interval"]
+    caption = (
+        f"{hit} at a {false} of at most the target, with Wilson intervals; refused where there are too few to say."
+    )
+    return Table(caption, [*head, "Threshold (cosine)", *counts], body, 2 + several)
+
+
+def settings_table(records: Sequence[Record]) -> Table:
+    """The settings of a run; of several those in which they differ."""
+    flat = [dict(_flat(record.config)) for record in records]
+    names = list(dict.fromkeys(name for settings in flat for name in settings))
+    rows = [[name, *(settings.get(name, MISSING) for settings in flat)] for name in names]
+    if len(records) == 1:
+        return Table("Settings of the run.", ["Setting", "Value"], rows, 2)
+    differ = [row for row in rows if len(set(row[1:])) > 1]
+    caption = "Settings in which the runs differ."
+    return Table(caption, ["Setting", *(record.name for record in records)], differ, 1 + len(records))
+
+
+def identities_table(records: Sequence[Record], most: int = 10) -> Table | None:
+    """The identities of our results that are found least, by Rank-1; None where no set has it."""
+    several = len(records) > 1
+    body = []
+    for record in records:
+        for row in record.results.rows:
+            curves = row.result.curves
+            if row.embedder != FACESCALE or "identity_rank1" not in curves:
+                continue
+            for place in curves["identity_rank1"].argsort(kind="stable")[:most].tolist():
+                label = int(curves["identity_labels"][place])
+                rate, probes = float(curves["identity_rank1"][place]), int(curves["identity_probes"][place])
+                name = record.results.names.get(label, str(label))
+                body.append([record.name] * several + [row.set, name, percent(rate), f"{probes:,}"])
+    if not body:
+        return None
+    head = ["Run"] * several + ["Set", "Identity", "Rank-1", "Probes"]
+    return Table(f"The {most} identities of each set that are found least.", head, body, 2 + several)
 
 
 def rank1_line(rows: Sequence[ResultRow]) -> str:
-    """Rank-1 of each set, ours beside raw pixels and how many times theirs it is."""
+    """Rank-1 of each set that has one, ours beside raw pixels and how many times theirs it is."""
     parts = []
-    for name in dict.fromkeys(row.set for row in rows):
+    for name in dict.fromkeys(row.set for row in rows if row.result.scalars.get("rank1") is not None):
         ours, pixels = (
             next((row.result.scalars.get("rank1") for row in rows if (row.set, row.embedder) == (name, embedder)), None)
             for embedder in (FACESCALE, RAW_PIXELS)
         )
         times = f", {ours / pixels:.1f} x raw pixels' {percent(pixels)}" if ours is not None and pixels else ""
         parts.append(f"{name} {percent(ours)}{times}")
-    return f"Rank-1: {'; '.join(parts)}."
+    return f"Rank-1: {'; '.join(parts) or 'not measured'}."
 
 
-def full_table(rows: Sequence[ResultRow]) -> str:
-    """Every measure as a row, every margin, set and embedder as a column."""
-    head = ["", *(f"{row.set}: {row.embedder}, margin {margin(row.result.scalars['margin'])}" for row in rows)]
-    names = list(dict.fromkeys(label for row in rows for label in _measures(row.result.scalars)))
-    columns = [_measures(row.result.scalars) for row in rows]
-    return _table(head, [[name, *(column.get(name, MISSING) for column in columns)] for name in names], left=1)
+def refusals(records: Sequence[Record]) -> list[str]:
+    """What was not measured and why, each reason once."""
+    reasons: dict[str, None] = {}
+    for record in records:
+        of = f" of {record.name}" if len(records) > 1 else ""
+        for row in record.results.rows:
+            scalars = row.result.scalars
+            for name, reason in (scalars.get("refusals") or {}).items():
+                reasons[f"{name}, {row.set}{of}: {reason}."] = None
+            for points, words in (("tar_at_far", "TAR at FAR"), ("tpir_at_fpir", "TPIR at FPIR")):
+                for point in scalars.get(points) or []:
+                    if point.get("refused"):
+                        reasons[f"{words} {100 * point['target']:g} %, {row.set}{of}: {point['refused']}."] = None
+    return list(reasons)
 
 
-def percent(value: float | None, deviation: float | None = None) -> str:
+def headline(row: ResultRow) -> dict[str, float]:
+    """rank1, rank5, knn, verification_accuracy and triplet_loss, those that were measured."""
+    s = row.result.scalars
+    names = ("rank1", "rank5", "verification_accuracy", "triplet_loss")
+    found = {name: s.get(name) for name in names}
+    found["knn"] = s.get(f"knn_{s.get('knn_headline')}_{s.get('headline_neighbours')}")
+    return {name: value for name, value in found.items() if value is not None}
+
+
+def percent(value: Any, deviation: float | None = None) -> str:
     """A rate in [0, 1] as per cent; with its standard deviation where one is given."""
     if value is None:
         return MISSING
@@ -84,29 +179,65 @@ def number(value: float | None) -> str:
     return MISSING if value is None else f"{value:.4f}"
 
 
-def margin(value: float | None) -> str:
-    return "soft" if value is None else f"{value:g}"
+def margin(value: float | str | None) -> str:
+    if value is None:
+        return "soft"
+    return value if isinstance(value, str) else f"{value:g}"
 
 
-def _measures(s: Scalars) -> dict[str, str]:
+def measures(s: Scalars) -> dict[str, str]:
     """Label -> text, in the order of the full table."""
-    protocol = s["protocol"]
-    found = {f"Rank-{k}": percent(s.get(f"rank{k}")) for k in protocol["ranks"]}
+    found = {f"Rank-{k}": percent(s[f"rank{k}"]) for k in _asked(s, "rank")}
     for kind, words in (("leave_one_out", "leave-one-out"), ("gallery", "against a gallery")):
-        found |= {f"kNN {words}, k = {k}": percent(s.get(f"knn_{kind}_{k}")) for k in protocol["knn"]}
+        for weighted, how in (("", ""), ("weighted_", ", weighted by distance")):
+            start = f"knn_{kind}_{weighted}"
+            found |= {f"kNN {words}{how}, k = {k}": percent(s[f"{start}{k}"]) for k in _asked(s, start)}
     found["Nearest centroid"] = percent(s.get("centroid_accuracy"))
+    found["Mean average precision"] = percent(s.get("map"))
+    found["R-precision"] = percent(s.get("r_precision"))
+    found["MAP@R"] = percent(s.get("map_at_r"))
     found["Verification accuracy"] = percent(s.get("verification_accuracy"), s.get("verification_std"))
+    found["Verification threshold (root L2)"] = number(s.get("verification_threshold"))
     found["EER"] = percent(s.get("eer"))
     found["AUC"] = number(s.get("auc"))
-    for point in s.get("tar_at_far") or []:
-        found[f"TAR at FAR ≤ {100 * point['target']:g} % [95 % interval]"] = _operating_point(point)
+    for points, words in (("tar_at_far", "TAR at FAR"), ("tpir_at_fpir", "TPIR at FPIR")):
+        for point in s.get(points) or []:
+            found[f"{words} ≤ {100 * point['target']:g} % [95 % interval]"] = _interval(point, points.split("_")[0])
+    found["Clusters: NMI"] = number(s.get("nmi"))
+    if s.get("pairwise_f") is not None:
+        rates = [number(s.get(f"pairwise_{name}")) for name in ("f", "precision", "recall")]
+        found["Clusters: pairwise F / precision / recall"] = " / ".join(rates)
     found["Triplet loss"] = number(s.get("triplet_loss"))
     return found | _counts(s)
 
 
+_HEADLINES = ["kNN", "Contrastive", "Rank5", "Loss"]
+
+
+def _summary(row: ResultRow) -> list[str]:
+    s, found = row.result.scalars, headline(row)
+    contrastive = percent(s.get("verification_accuracy"), s.get("verification_std"))
+    rates = [percent(found.get("knn")), contrastive, percent(s.get("rank5"))]
+    return [margin(s.get("margin", MISSING)), row.set, row.embedder, *rates, number(s.get("triplet_loss"))]
+
+
+def _flat(settings: dict[str, Any], start: str = "") -> Iterator[tuple[str, str]]:
+    for name, value in settings.items():
+        if isinstance(value, dict):
+            yield from _flat(value, f"{start}{name}.")
+        else:
+            yield f"{start}{name}", str(value)
+
+
+def _asked(s: Scalars, start: str) -> list[int]:
+    """The numbers that follow `start` in the names of scalars, ascending."""
+    return sorted(int(name[len(start) :]) for name in s if name.startswith(start) and name[len(start) :].isdigit())
+
+
 def _counts(s: Scalars) -> dict[str, str]:
     def whole(*names: str) -> str:
-        return " / ".join(MISSING if s.get(name) is None else f"{s[name]:,}" for name in names)
+        told = [MISSING if s.get(name) is None else f"{s[name]:,}" for name in names]
+        return MISSING if set(told) == {MISSING} else " / ".join(told)
 
     return {
         "Images / identities": whole("samples", "identities"),
@@ -118,84 +249,33 @@ def _counts(s: Scalars) -> dict[str, str]:
         "Identities shared between folds": {True: "yes", False: "no", None: MISSING}[s.get("folds_share_identities")],
         "ROC: genuine / impostor pairs": whole("genuine_pairs", "impostor_pairs"),
         "ROC pairs are": s.get("roc_pairs_are", MISSING),
+        "Clusters": whole("clusters"),
         "Triplets": f"{whole('triplets')} ({s['triplets_are']})" if "triplets_are" in s else MISSING,
     }
 
 
-def _operating_point(point: Scalars) -> str:
-    pairs = f"{point['impostor_pairs']:,} impostor pairs"
-    if point["tar"] is None:
-        return f"refused: {pairs}"
-    return f"{percent(point['tar'])} [{100 * point['low']:.2f}, {100 * point['high']:.2f}], {pairs}"
+def _interval(point: Scalars, rate: str) -> str:
+    pairs = f", {point['impostor_pairs']:,} impostor pairs" if point.get("impostor_pairs") is not None else ""
+    if point.get(rate) is None:
+        return f"refused{pairs.replace(',', ':', 1)}"
+    span = f" [{100 * point['low']:.2f}, {100 * point['high']:.2f}]" if point.get("low") is not None else ""
+    return f"{percent(point[rate])}{span}{pairs}"
 
 
-def _training(config: dict[str, Any], log: Sequence[dict[str, Any]]) -> str:
-    model, loss, last = config.get("model", {}), config.get("loss", {}), log[-1]
-    words = {
-        "soft_margin": "batch-hard, soft margin",
-        "margin": f"batch-hard, margin {loss.get('margin', MISSING)}",
-        "smooth": f"smooth batch-hard, margin {loss.get('margin', MISSING)}, sharpness {loss.get('sharpness', MISSING)}",
-    }.get(loss.get("kind", ""), MISSING)
-    network = f"Trunk {model.get('trunk', MISSING)}, {model.get('embedding_size', MISSING)} dimensions"
-    trained = f"{last['step']:,} steps, {last['images_seen']:,} images"
-    text = f"{network}; triplet loss ({words}) on the {loss.get('distance', MISSING)} distance; {trained}."
-    rates = [(line["images_per_s"], line["data_wait_percent"]) for line in log if "images_per_s" in line]
-    if rates:
-        speed, wait = (median(values) for values in zip(*rates, strict=True))
-        text += f" Median {speed:,.0f} images/s with {wait:.1f} % data wait."
-    return text
+def _point(point: Scalars, hit: str, false: str, s: Scalars) -> list[str]:
+    counts = [point.get("genuine_pairs", s.get("genuine_pairs")), point.get("impostor_pairs", s.get("impostor_pairs"))]
+    if hit == "tpir":
+        counts = [s.get("open_set_mated"), s.get("open_set_nonmated")]
+    told = [MISSING if count is None else f"{count:,}" for count in counts]
+    if point.get(hit) is None:
+        return [MISSING, "refused", MISSING, MISSING, *told]
+    span = f"{100 * point['low']:.2f} to {100 * point['high']:.2f} %" if point.get("low") is not None else MISSING
+    return [f"{100 * point[false]:.3g} %", percent(point[hit]), span, number(point.get("threshold")), *told]
 
 
-def _notes(rows: Sequence[ResultRow]) -> str:
-    s = rows[0].result.scalars
-    folds, k = s["protocol"]["folds"], s["headline_neighbours"]
-    return f"""\
-- **kNN**: vote of the {k} nearest images: of all the others for unseen identities (leave-one-out), of the enrolled training
-  images for unseen images of training identities.
-- **Contrastive**: same/different verification accuracy on pairs, half of them genuine: mean ± standard deviation over
-  {folds} folds, each with the threshold that is best on the other {folds - 1}.
-- **Rank5**: the right identity is among the best 5, enrolled images per identity: \
-{s["protocol"]["gallery_images_per_identity"]}.
-- **Loss**: mean triplet loss over triplets of the set, zeros included, at the row's margin on the {s["distance"]} distance.
-- **raw pixels**: the baseline: the same protocol on the pixels themselves.
-
-For orientation, *{PUBLISHED["note"]}*, and so not comparable row by row: kNN 79.55 %, LFW verification 89.33 %,
-Rank-5 72.33 % / 57.85 % (VGGFace2 / LFW)."""
+def _cell(text: str) -> str:
+    return " ".join(text.replace("|", "\\|").split())
 
 
-def _refusals(rows: Sequence[ResultRow]) -> list[str]:
-    reasons: dict[str, None] = {}
-    for row in rows:
-        for name, reason in row.result.scalars["refusals"].items():
-            reasons[f"- {name}, {row.set}: {reason}."] = None
-        for point in row.result.scalars.get("tar_at_far") or []:
-            if point["tar"] is None:
-                reasons[f"- TAR at FAR {100 * point['target']:g} %, {row.set}: {point['refused']}."] = None
-    return ["Not measured:", "\n".join(reasons)] if reasons else []
-
-
-def _protocol(rows: Sequence[ResultRow]) -> str:
-    p = rows[0].result.scalars["protocol"]
-    return f"""\
-- Similarity is the cosine. Neighbours are exact; of equally similar ones the one that comes first in the set is nearer.
-- **Rank-k, CMC**: gallery: the first {p["gallery_images_per_identity"]} image(s) of each identity (of its training images
-  in the closed set); probes: the rest (the unseen images). Ranks count identities, each at the place of its best image.
-- **kNN**: majority vote; a tie goes to the nearer. Leave-one-out: an identity with one image is no probe, only a distractor.
-  Against a gallery: the first {p["knn_gallery_images"]} images of each unseen identity; the first
-  {p["closed_gallery_images"]} training images of each identity in the closed set.
-- **Nearest centroid**: mean of the first {p["centroid_images"]} training images of each identity.
-- **Verification accuracy**: at most {p["pairs"]:,} distinct pairs, half genuine; identities drawn uniformly, then their
-  images; seed {p["seed"]}. Each fold has identities of its own where at least two identities per fold, one of them with two
-  images, allow it; else pairs of all identities are dealt to the folds, and the table says so.
-- **During training**: on the part of the set that `run.evaluate_images` gives, so the last point of a curve need not meet the
-  figure of the whole set at the end.
-- **EER, AUC, TAR@FAR, ROC**: all pairs of the set, up to {p["roc_samples"]:,} images; of a larger set, of whole identities
-  drawn up to that. A pair is accepted above the threshold; the FAR attained is at most the target, also where pairs tie.
-  No TAR below 10 expected false accepts. Wilson intervals take pairs for independent; those that share an image are not,
-  so the intervals are too narrow.
-- **Loss**: all valid triplets up to a million; otherwise 100,000 drawn uniformly from them."""
-
-
-def _table(head: Sequence[str], body: Sequence[Sequence[str]], left: int) -> str:
-    rule = ["---" if column < left else "---:" for column in range(len(head))]
-    return "\n".join("| " + " | ".join(cells) + " |" for cells in (head, rule, *body))
+def bullets(lines: Iterable[str]) -> str:
+    return "\n".join(f"- {line}" for line in lines)

@@ -5,114 +5,51 @@ import struct
 import matplotlib
 import numpy as np
 import pytest
-import torch
-import yaml
-from torch.nn.functional import normalize
 
-from trainer.evaluation.protocols import ProtocolConfig, SetResult, closed_set, open_set
+from tests.trainer.evaluation.fake_runs import evaluate, train
+from trainer.evaluation.protocols import ProtocolConfig, SetResult
 from trainer.evaluation.report import write_report
-from trainer.evaluation.results import (
-    FACESCALE,
-    RAW_PIXELS,
-    UNSEEN_IDENTITIES,
-    UNSEEN_IMAGES,
-    ResultRow,
-    load_results,
-    replaced_folder,
-    save_results,
-)
-from trainer.evaluation.tables import MISSING, main_table
+from trainer.evaluation.results import FACESCALE, RAW_PIXELS, UNSEEN_IDENTITIES, ResultRow, load_results, save_results
 
-FILES = {"results.json", "results.md", "loss.png", "accuracy.png", "tsne.png", "roc.png", "cmc.png"}
+EARLIER = {"loss", "accuracy", "health", "throughput", "roc", "cmc", "tsne", "tsne3d", "umap"}
+FIGURES = EARLIER | {"histogram", "identities", "genuine_pairs", "impostor_pairs", "misses"}
+TEXTS = {"report.html", "results.json", "results.md"}
 
 
-def people(identities, images, spread, seed):
-    generator = torch.Generator().manual_seed(seed)
-    means = normalize(torch.randn(identities, 32, generator=generator), dim=1)
-    ids = torch.arange(identities).repeat_interleave(images)
-    noise = torch.randn(len(ids), 32, generator=generator) * spread / 32**0.5
-    return normalize(means[ids] + noise, dim=1), ids
-
-
-def evaluate(run, identities=24, images=8, config=None):
-    """Blobs on the sphere: ours tighter than raw pixels, training identities tighter than unseen ones."""
-    config = config or ProtocolConfig()
-    rows = []
-    for embedder, spread in ((FACESCALE, 1.1), (RAW_PIXELS, 2.4)):
-        unseen = people(identities, images, spread, seed=1)
-        rows.append(ResultRow(UNSEEN_IDENTITIES, embedder, open_set(*unseen, margin=0.2, squared=False, config=config)))
-        embeddings, ids = people(identities, 2 * images, spread * 0.85, seed=2)
-        held_out = torch.arange(len(ids)) % 2 == 1
-        sides = (embeddings[~held_out], ids[~held_out], embeddings[held_out], ids[held_out])
-        rows.append(ResultRow(UNSEEN_IMAGES, embedder, closed_set(*sides, margin=0.2, squared=False, config=config)))
-    rows.sort(key=lambda row: row.set)
-    save_results(run / "evaluation", rows, *people(identities, images, 1.1, seed=1))
-    return rows
-
-
-def train(run, steps=4000, log_every=10, evaluate_every=400):
-    """A log such as training writes."""
-    run.mkdir(parents=True)
-    loss = {"kind": "margin", "margin": 0.2, "distance": "root"}
-    config = {"model": {"trunk": "resnet50", "embedding_size": 128}, "loss": loss}
-    (run / "config.yaml").write_text(yaml.safe_dump(config))
-    noise = np.random.default_rng(0)
-    with (run / "log.jsonl").open("w") as log:
-        for step in range(log_every, steps + 1, log_every):
-            gone = 1 - np.exp(-3 * step / steps)
-            line = {"step": step, "epoch": step / 500, "images_seen": 256 * step, "learning_rate": 1e-3}
-            line |= {"loss": 0.3 - 0.17 * gone + noise.normal(0, 0.01), "active_fraction": 0.98 - 0.7 * gone}
-            line |= {
-                "d_ap": 1.0 - 0.4 * gone + noise.normal(0, 0.02),
-                "d_an": 0.8 + 0.15 * gone + noise.normal(0, 0.01),
-            }
-            line |= {"images_per_s": 410 + noise.normal(0, 5), "data_wait_percent": 2.0}
-            log.write(json.dumps(line) + "\n")
-    with (run / "evaluations.jsonl").open("w") as log:
-        for step in range(evaluate_every, steps + 1, evaluate_every):
-            gone = 1 - np.exp(-4 * step / steps)
-            line = {"step": step, "images_seen": 256 * step, "rank1": 0.2 + 0.5 * gone, "rank5": 0.4 + 0.5 * gone}
-            line |= {
-                "knn": 0.3 + 0.5 * gone,
-                "verification_accuracy": 0.6 + 0.3 * gone,
-                "triplet_loss": 0.2 - 0.15 * gone,
-            }
-            log.write(json.dumps(line) + "\n")
+def files(figures, *endings):
+    return TEXTS | {f"{name}.{ending}" for name in figures for ending in endings}
 
 
 @pytest.fixture(scope="module")
-def finished(tmp_path_factory):
-    run = tmp_path_factory.mktemp("runs") / "fake"
-    train(run)
-    evaluate(run)
-    return run
-
-
-@pytest.fixture(scope="module")
-def report(finished, tmp_path_factory):
-    return write_report(shutil.copytree(finished, tmp_path_factory.mktemp("runs") / "run"))
+def report(pictured, tmp_path_factory):
+    return write_report(shutil.copytree(pictured, tmp_path_factory.mktemp("runs") / "run"))
 
 
 @pytest.fixture
-def run(finished, tmp_path):
-    return shutil.copytree(finished, tmp_path / "run")
+def run(plain, tmp_path):
+    return shutil.copytree(plain, tmp_path / "run")
 
 
-def test_report_has_every_file_and_every_picture_is_a_readable_png(run):
-    backend = matplotlib.get_backend()
-    folder = write_report(run)
-    assert folder == run / "report"
-    assert {path.name for path in folder.iterdir()} == FILES
-    for picture in folder.glob("*.png"):
+@pytest.fixture
+def quick(monkeypatch):
+    """Without the slow layouts."""
+    monkeypatch.setattr("trainer.evaluation.report.PROJECTIONS", {})
+
+
+def test_report_has_every_file_and_every_picture_is_a_readable_png(report):
+    assert {path.name for path in report.iterdir()} == files(FIGURES, "png")
+    for picture in report.glob("*.png"):
         head = picture.read_bytes()[:24]
         assert head[:8] == b"\x89PNG\r\n\x1a\n"
         width, height = struct.unpack(">II", head[16:24])
         assert width > 800
-        assert height > 600
-    assert matplotlib.get_backend() == backend
-    assert sorted(path.name for path in run.iterdir()) == sorted(
-        ["config.yaml", "log.jsonl", "evaluations.jsonl", "evaluation", "report"]
-    )
+        assert height > 200
+    before = {"config.yaml", "log.jsonl", "evaluations.jsonl", "evaluation"}
+    assert {path.name for path in report.parent.iterdir()} == before | {"report"}
+
+
+def test_the_page_is_bounded(report):
+    assert (report / "report.html").stat().st_size < 8_000_000
 
 
 def test_tables_hold_the_measured_numbers_beside_raw_pixels(report):
@@ -120,20 +57,20 @@ def test_tables_hold_the_measured_numbers_beside_raw_pixels(report):
     text = (report / "results.md").read_text()
     table = text[text.index("| Margin") :].split("\n\n")[0].splitlines()
     assert table[0] == "| Margin | Set | Embedding | kNN | Contrastive | Rank5 | Loss |"
-    assert len(table) == 2 + 4
+    assert len(table) == 2 + 4 + 3
     s = next(row for row in rows if (row.set, row.embedder) == (UNSEEN_IDENTITIES, RAW_PIXELS)).result.scalars
     verification = f"{100 * s['verification_accuracy']:.2f} ± {100 * s['verification_std']:.2f} %"
     numbers = (
         f"{100 * s['knn_leave_one_out_5']:.2f} % | {verification} | {100 * s['rank5']:.2f} % | {s['triplet_loss']:.4f}"
     )
     assert f"| 0.2 | unseen identities | raw pixels | {numbers} |" in table
-    for picture in ("loss", "accuracy", "roc", "cmc", "tsne"):
+    assert table[-3:] == [
+        "| – | set not told | published, not ours | 79.55 % | – | – | – |",  # noqa: RUF001
+        "| – | VGGFace2 | published, not ours | – | – | 72.33 % | – |",  # noqa: RUF001
+        "| – | LFW | published, not ours | – | 89.33 % | 57.85 % | – |",  # noqa: RUF001
+    ]
+    for picture in FIGURES:
         assert f"]({picture}.png)" in text
-    published = text.index("published by the original project, other data")
-    assert text.index(table[-1]) < published
-    for figure in ("79.55 %", "89.33 %", "72.33 %", "57.85 %"):
-        assert text.count(figure) == 1
-        assert text.index(figure) > published
     point = s["tar_at_far"][0]
     interval = f"[{100 * point['low']:.2f}, {100 * point['high']:.2f}]"
     assert f"{100 * point['tar']:.2f} % {interval}, {point['impostor_pairs']:,} impostor pairs" in text
@@ -147,16 +84,67 @@ def test_results_json_carries_rows_settings_and_origin_of_published_numbers(repo
     assert found["published"]["note"] == "published by the original project, other data"
 
 
-def test_report_is_the_same_when_written_again_and_replaces_the_old(run, report):
+def test_report_is_the_same_when_written_again_and_replaces_the_old(report):
     first = {path.name: path.read_bytes() for path in report.iterdir()}
-    (run / "report").mkdir()
-    (run / "report" / "left.txt").write_text("of an older version")
-    second = {path.name: path.read_bytes() for path in write_report(run).iterdir()}
+    (report / "left.txt").write_text("of an older version")
+    backend = matplotlib.get_backend()
+    second = {path.name: path.read_bytes() for path in write_report(report.parent).iterdir()}
+    assert matplotlib.get_backend() == backend
     assert second.keys() == first.keys()
     assert [name for name in first if first[name] != second[name]] == []
 
 
-def test_small_refusals_are_named(tmp_path):
+def test_figures_come_as_pdf_on_request_and_are_the_same_each_time(run, quick):
+    folder = write_report(run, pdf=True)
+    assert {path.name for path in folder.iterdir()} == files(EARLIER - {"tsne", "tsne3d", "umap"}, "png", "pdf")
+    first = {path.name: path.read_bytes() for path in folder.glob("*.pdf")}
+    assert all(content.startswith(b"%PDF-") for content in first.values())
+    assert {path.name: path.read_bytes() for path in write_report(run, pdf=True).glob("*.pdf")} == first
+
+
+def test_an_evaluation_of_an_earlier_version_is_reported_without_what_it_lacks(run, quick):
+    folder = write_report(run)
+    assert {path.name for path in folder.iterdir()} == files(EARLIER - {"tsne", "tsne3d", "umap"}, "png")
+    assert "run has no example pictures: its evaluation is of an earlier version" in (folder / "results.md").read_text()
+
+
+def test_several_runs_stand_side_by_side(pictured, plain, tmp_path, quick):
+    folder = write_report([pictured, plain], out=tmp_path / "out")
+    assert folder == tmp_path / "out"
+    text = (folder / "results.md").read_text()
+    table = text[text.index("| Run") :].split("\n\n")[0].splitlines()
+    assert [line.split(" | ")[0] for line in table[2:]] == ["| run", "| run", "| plain", "| plain"] * 2 + ["| –"] * 3  # noqa: RUF001
+    assert [line.split(" | ")[1] for line in table[2:6]] == ["0.2", "0.2", "0.5", "0.5"]
+    assert [entry["run"] for entry in json.loads((folder / "results.json").read_text())["runs"]] == ["run", "plain"]
+    assert "| loss.margin | 0.2 | 0.5 |" in text
+    assert "trunk" not in text[text.index("## Settings") :]
+    assert not (pictured / "report").exists()
+
+
+def test_several_runs_need_a_folder_and_each_is_given_once(run, plain, tmp_path):
+    with pytest.raises(ValueError, match="2 runs are given and no folder for their report; say --out FOLDER"):
+        write_report([run, plain])
+    with pytest.raises(ValueError, match="run is given twice"):
+        write_report([run, plain, run], out=tmp_path / "out")
+    with pytest.raises(ValueError, match="no run is given"):
+        write_report([], out=tmp_path / "out")
+
+
+def test_a_folder_that_is_no_report_is_left_alone(run, tmp_path):
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "thesis.tex").write_text("years of work")
+    with pytest.raises(ValueError, match="mine, which exists and is no report"):
+        write_report(run, out=tmp_path / "mine")
+    assert (tmp_path / "mine" / "thesis.tex").exists()
+
+
+def test_runs_of_the_same_name_are_told_by_the_folder_around_them(run, plain, tmp_path, quick):
+    other = shutil.copytree(plain, tmp_path / "other" / "run")
+    text = (write_report([run, other], out=tmp_path / "out") / "results.md").read_text()
+    assert f"# Results of `{tmp_path.name}/run` and `other/run`" in text
+
+
+def test_small_refusals_are_named(tmp_path, quick):
     run = tmp_path / "run"
     train(run, steps=40, evaluate_every=100)
     (run / "evaluations.jsonl").unlink()
@@ -165,45 +153,48 @@ def test_small_refusals_are_named(tmp_path):
     assert "- TAR at FAR 1 %, unseen identities: 160 impostor pairs at FAR 0.01 are 1.6 false accepts;" in text
     assert "- knn_gallery_1, unseen identities: the first 4 images of each identity as gallery give 20 gallery" in text
     assert "refused: 160 impostor pairs" in text
+    assert "- run was not evaluated during training (run.evaluate_every)." in text
 
 
-def test_soft_margin_is_called_soft():
-    scalars = {"margin": None, "knn_headline": "gallery", "headline_neighbours": 1, "knn_gallery_1": 0.5}
-    table = main_table([ResultRow(UNSEEN_IMAGES, FACESCALE, SetResult(scalars))])
-    assert (
-        table.splitlines()[-1]
-        == f"| soft | {UNSEEN_IMAGES} | facescale | 50.00 % | {MISSING} | {MISSING} | {MISSING} |"
-    )
+def test_a_list_of_pairs_alone_makes_a_report(plain, tmp_path, quick):
+    run = shutil.copytree(plain, tmp_path / "run")
+    far = np.geomspace(1e-4, 1, 50)
+    scalars = {"verification_accuracy": 0.9612, "verification_std": 0.01, "eer": 0.04, "auc": 0.99, "refusals": {}}
+    scalars |= {"genuine_pairs": 3000, "impostor_pairs": 3000, "protocol": "LFW, 10 folds"}
+    lfw = ResultRow("LFW", FACESCALE, SetResult(scalars, {"roc_far": far, "roc_tar": far**0.2}))
+    save_results(run / "evaluation", [lfw], None, None)
+    folder = write_report(run)
+    assert {path.stem for path in folder.glob("*.png")} == {"loss", "accuracy", "health", "throughput", "roc"}
+    assert "| – | LFW | facescale | – | 96.12 ± 1.00 % | – | – |" in (folder / "results.md").read_text()  # noqa: RUF001
 
 
-def test_results_come_back_as_they_were_saved(tmp_path):
-    rows = evaluate(tmp_path)
-    found = load_results(tmp_path / "evaluation")
-    assert [(row.set, row.embedder) for row in found.rows] == [(row.set, row.embedder) for row in rows]
-    for before, after in zip(rows, found.rows, strict=True):
-        assert after.result.scalars == before.result.scalars
-        assert after.result.curves.keys() == before.result.curves.keys() == {"cmc", "roc_far", "roc_tar"}
-        for name, curve in before.result.curves.items():
-            np.testing.assert_array_equal(after.result.curves[name], curve)
-    embeddings, identities = people(24, 8, 1.1, seed=1)
-    assert torch.equal(found.embeddings, embeddings)
-    assert torch.equal(found.identities, identities)
+def test_one_whose_roc_was_refused_is_reported_and_the_refusal_told(plain, tmp_path, quick):
+    run = shutil.copytree(plain, tmp_path / "run")
+    found = load_results(run / "evaluation")
+    rows = []
+    for row in found.rows:
+        curves = {"cmc": row.result.curves["cmc"]}
+        scalars = row.result.scalars | {
+            "tar_at_far": None,
+            "eer": None,
+            "auc": None,
+            "refusals": {"auc": "too few <b>"},
+        }
+        rows.append(ResultRow(row.set, row.embedder, SetResult(scalars, curves)))
+    save_results(run / "evaluation", rows, found.embeddings, found.identities)
+    folder = write_report(run)
+    assert not (folder / "roc.png").exists()
+    assert "- auc, unseen identities: too few <b>." in (folder / "results.md").read_text()
+    assert "auc, unseen identities: too few &lt;b&gt;." in (folder / "report.html").read_text()
 
 
-def test_a_failed_write_leaves_the_earlier_folder(tmp_path):
-    folder = tmp_path / "report"
-    with replaced_folder(folder) as partial:
-        (partial / "a").write_text("whole")
-
-    def fail():
-        with replaced_folder(folder) as partial:
-            (partial / "a").write_text("half")
-            raise RuntimeError("stop")
-
-    with pytest.raises(RuntimeError, match="stop"):
-        fail()
-    assert (folder / "a").read_text() == "whole"
-    assert [path.name for path in tmp_path.iterdir()] == ["report"]
+def test_a_log_of_an_earlier_version_is_reported_without_what_it_lacks(run, quick):
+    entries = [json.loads(line) for line in (run / "log.jsonl").read_text().splitlines()]
+    kept = ("step", "images_seen", "loss", "active_fraction", "d_ap", "d_an")
+    (run / "log.jsonl").write_text("".join(f"{json.dumps({name: e[name] for name in kept})}\n" for e in entries))
+    folder = write_report(run)
+    assert not (folder / "throughput.png").exists()
+    assert (folder / "health.png").exists()
 
 
 def damage(run, name, text):
@@ -234,13 +225,8 @@ def test_a_run_that_cannot_be_reported_is_refused_in_one_line(run, spoil, messag
     assert not (run / "report").exists()
 
 
-def test_log_lines_in_any_order_and_one_cut_short_by_a_kill_make_the_same_curve(run, report):
-    whole = (report / "loss.png").read_bytes()
+def test_log_lines_in_any_order_and_one_cut_short_by_a_kill_make_the_same_curve(run, quick):
+    whole = (write_report(run) / "loss.png").read_bytes()
     lines = (run / "log.jsonl").read_text().splitlines(keepends=True)
     (run / "log.jsonl").write_text("".join(reversed(lines)) + '{"step": 4010, "los')
     assert (write_report(run) / "loss.png").read_bytes() == whole
-
-
-def test_unknown_sets_and_embedders_are_refused():
-    with pytest.raises(ValueError, match="a result's set is 'lfw'; allowed are unseen identities, "):
-        ResultRow("lfw", FACESCALE, SetResult({}))
