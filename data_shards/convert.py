@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from data_shards.commit import committed
 from data_shards.convert_config import ConvertConfig
 from data_shards.executors import Engine, run_tasks
 from data_shards.face_regions import Kind, build_regions
@@ -30,7 +31,7 @@ from data_shards.finish import (
     summary_of,
 )
 from data_shards.identity_lists import read_identity_meta
-from data_shards.index import MANIFEST, SPLITS, committed
+from data_shards.index import MANIFEST, SPLITS
 from data_shards.listing import Listing, difference, pseudonym, write_listing
 from data_shards.progress import progress
 from data_shards.selection import select

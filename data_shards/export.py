@@ -9,8 +9,9 @@ from pathlib import Path
 
 import numpy as np
 
-from data_shards.index import BLOCK, ShardSet, Split, header_name, split_name
+from data_shards.index import ShardSet, Split
 from data_shards.progress import progress
+from data_shards.tar_members import BLOCK, header_name, split_name
 
 
 def export(directory: Path | str, out: Path | str, splits: Sequence[str] | None = None) -> int:

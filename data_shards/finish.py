@@ -15,7 +15,6 @@ from numpy.typing import NDArray
 from data_shards.index import FORMAT, IDENTITIES, IDENTITY, INDEX, MANIFEST, SAMPLE, SPLITS, VERSION, WIDS, write_table
 from data_shards.shard_writer import Failure, Shard
 from data_shards.sources.base import EXTENSIONS
-from data_shards.sources.insightface_bin import InsightFaceBin
 from data_shards.store import Store
 from data_shards.work import PLAN, TOOL, WORK, Work
 
@@ -160,8 +159,8 @@ def _write_tables(
         hashes[FAILURES] = store.write(FAILURES, b"".join(lines))
     if facts["duplicates"]:
         hashes[DUPLICATES] = store.write(DUPLICATES, store.read(f"{WORK}/{DUPLICATES}"))
-    if isinstance(work.source, InsightFaceBin):
-        hashes[PAIRS] = store.write(PAIRS, _pairs_table(work, work.source))
+    if work.job["found"]["kind"] == "bin":
+        hashes[PAIRS] = store.write(PAIRS, _pairs_table(work))
     return hashes
 
 
@@ -279,10 +278,13 @@ def duplicates_table(work: Work, duplicates: list[tuple[int, int, str]]) -> byte
     return os.fsencode(text.getvalue())
 
 
-def _pairs_table(work: Work, source: InsightFaceBin) -> bytes:
+def _pairs_table(work: Work) -> bytes:
     """CSV of a verification set's pairs by key; of pictures that are in no shard, too."""
+    from data_shards.sources.insightface_bin import InsightFaceBin
+
+    assert isinstance(work.source, InsightFaceBin)
     keys = {place.name: key for place, key, _ in work.listing.entries(work.listing.rows)}
-    lines = [f"{keys[a]},{keys[b]},{same:d}" for a, b, same in source.pairs() if a in keys and b in keys]
+    lines = [f"{keys[a]},{keys[b]},{same:d}" for a, b, same in work.source.pairs() if a in keys and b in keys]
     return "\n".join(["a,b,same", *lines, ""]).encode()
 
 

@@ -1,19 +1,18 @@
 """Byte index of every sample in every tar of a shard set: written by the conversion, memory-mapped by the reader."""
 
-import hashlib
 import io
 import json
-import os
 import re
-import secrets
-from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager
 from functools import cached_property
 from pathlib import Path
-from typing import IO, Any, NamedTuple, Self
+from typing import Any, Self
 
 import numpy as np
 from numpy.typing import NDArray
+
+from data_shards.commit import HashedFile
+from data_shards.commit import committed as committed  # where others look for it
+from data_shards.tar_members import BLOCK, header_name, split_name
 
 FORMAT = "facescale-shards"
 VERSION = 2
@@ -21,8 +20,6 @@ MANIFEST = "manifest.json"
 INDEX = "index.npy"
 IDENTITIES = "identities.npy"
 WIDS = "wids.json"
-BLOCK = 512
-"""Bytes of a tar block: a member is one header block and its data, padded to whole blocks."""
 
 SPLITS = ("train", "unseen_identities", "unseen_images")
 SAMPLE = np.dtype(
@@ -45,22 +42,10 @@ IDENTITY = np.dtype(
     ]
 )
 
-TEMPORARY = ".tmp"
-
 _TABLE_ROWS = 2**18
 _SHARD_NAME = re.compile(r"\d{6}\.tar")
 _SHARD_FIELDS = (("bytes", int), ("samples", int), ("sha256", str), ("idx_sha256", str))
 _SPLIT_FIELDS = (("start", int), ("identities", int), ("samples", int), ("index_sha256", str), ("shards", list))
-
-
-class Member(NamedTuple):
-    """One file of a sample as DALI's index wants it."""
-
-    extension: str
-    offset: int
-    """Of the file's first byte in the tar, behind its header."""
-    size: int
-    name: str
 
 
 class ShardSet:
@@ -231,74 +216,11 @@ def read_manifest(directory: Path) -> dict[str, Any]:
     return manifest
 
 
-def write_table(file: "HashedFile", table: NDArray[Any]) -> None:
+def write_table(file: HashedFile, table: NDArray[Any]) -> None:
     """Writes a one-dimensional array as .npy."""
     file.write(_header(table.dtype, len(table)))
     for start in range(0, len(table), _TABLE_ROWS):
         file.write(table[start : start + _TABLE_ROWS].tobytes())
-
-
-def dali_index(samples: Sequence[Iterable[Member]]) -> bytes:
-    """One tar's index in DALI's format v1.2, a line for each sample in the tar's order."""
-    lines = [f"v1.2 {len(samples)}"]
-    lines += [" ".join([f"{m[0]} {m[1]} {m[2]} {m[3]}" for m in members]) for members in samples]
-    return "\n".join([*lines, ""]).encode("ascii")
-
-
-class HashedFile:
-    """A file being written, with its length and SHA-256 so far."""
-
-    def __init__(self, file: IO[bytes]) -> None:
-        self._file = file
-        self._digest = hashlib.sha256()
-        self.length = 0
-
-    def write(self, data: bytes) -> None:
-        self._file.write(data)
-        self._digest.update(data)
-        self.length += len(data)
-
-    @property
-    def sha256(self) -> str:
-        return self._digest.hexdigest()
-
-
-@contextmanager
-def committed(path: Path, mode: int = 0o600) -> Iterator[HashedFile]:
-    """A file that gets its name only when it is whole and on the disk; an exception leaves nothing behind."""
-    temporary = path.with_name(f"{path.name}.{secrets.token_hex(4)}{TEMPORARY}")
-    try:
-        with open(temporary, "wb", opener=lambda name, flags: os.open(name, flags | os.O_EXCL, mode)) as file:
-            yield HashedFile(file)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    except BaseException:
-        temporary.unlink(missing_ok=True)
-        raise
-
-
-def sync_directory(directory: Path) -> None:
-    """Makes the names in `directory` survive a power cut."""
-    handle = os.open(directory, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
-
-
-def header_name(block: bytes) -> str | None:
-    """Member name in a USTAR header block; None where the block is none."""
-    if len(block) < BLOCK or block[257:263] != b"ustar\0":
-        return None
-    return block[:100].rstrip(b"\0").decode("ascii", "replace")
-
-
-def split_name(name: str) -> tuple[str, str]:
-    """(key, extension) of a member name, split at the first dot behind the last slash as WebDataset does."""
-    folder, slash, base = name.rpartition("/")
-    stem, _, extension = base.partition(".")
-    return folder + slash + stem, extension
 
 
 def map_table(path: Path, dtype: np.dtype[Any], rows: int) -> NDArray[Any]:

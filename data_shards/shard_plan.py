@@ -9,8 +9,9 @@ from numpy.typing import NDArray
 
 from data_shards.convert_config import ConvertConfig
 from data_shards.counter_random import random_bits
-from data_shards.index import BLOCK, SPLITS
+from data_shards.index import SPLITS
 from data_shards.listing import name_draw
+from data_shards.tar_members import BLOCK
 
 MAX_SHARDS = 1_000_000
 """Of one split: names have six digits."""

@@ -9,14 +9,16 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
+from data_shards.commit import HashedFile
 from data_shards.convert_config import ConvertConfig
 from data_shards.face_regions import Regions
-from data_shards.index import BLOCK, SAMPLE, HashedFile, Member, dali_index
+from data_shards.index import SAMPLE
 from data_shards.listing import EXTENSION_CODES, Listing
 from data_shards.pictures import inspect_image, probe_image, quiet_pillow
 from data_shards.shard_plan import END, Job
 from data_shards.sources.base import MAX_IMAGE_BYTES, Place, Reader, identity_and_stem, sniff
 from data_shards.store import Store
+from data_shards.tar_members import BLOCK, Member, dali_index
 from data_shards.transform import transform
 
 CHUNK = 2**20

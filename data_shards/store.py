@@ -11,8 +11,8 @@ from hashlib import blake2b
 from pathlib import Path
 from typing import IO, Any
 
+from data_shards.commit import TEMPORARY, HashedFile, committed, sync_directory
 from data_shards.files import filesystem, is_remote, local
-from data_shards.index import TEMPORARY, HashedFile, committed, sync_directory
 
 LOCK_PATIENCE_S = 2.0
 """Workers of a killed conversion hold its lock for a moment longer."""

@@ -5,7 +5,8 @@ import os
 from collections.abc import Iterator
 from pathlib import Path
 
-from data_shards.index import BLOCK, Member, committed, dali_index, split_name
+from data_shards.commit import committed
+from data_shards.tar_members import BLOCK, Member, dali_index, split_name
 
 _FILE_TYPES = (b"0", b"\0", b"7")
 _LONG_NAME, _PAX, _PAX_GLOBAL, _SPARSE = b"L", b"x", b"g", b"S"

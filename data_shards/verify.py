@@ -13,8 +13,9 @@ from typing import IO, Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from data_shards.index import BLOCK, INDEX, MANIFEST, SAMPLE, WIDS, ShardSet, map_table, split_name
+from data_shards.index import INDEX, MANIFEST, SAMPLE, WIDS, ShardSet, map_table
 from data_shards.progress import progress
+from data_shards.tar_members import BLOCK, split_name
 
 CHUNK = 2**20
 WORTH_WORKERS = 2**26

@@ -17,7 +17,7 @@ from pathlib import Path
 
 import numpy as np
 
-from data_shards import index
+from data_shards import commit
 from data_shards.convert import ConvertConfig, convert
 
 
@@ -119,8 +119,8 @@ POINTS = {
     "after fsync": (os, "fsync", "after"),
     "before rename": (os, "replace", "before"),
     "after rename": (os, "replace", "after"),
-    "inside a header": (index.HashedFile, "write", 300),
-    "inside a payload": (index.HashedFile, "write", 900),
+    "inside a header": (commit.HashedFile, "write", 300),
+    "inside a payload": (commit.HashedFile, "write", 900),
     "before mkdir": (os, "mkdir", "before"),
     "after mkdir": (os, "mkdir", "after"),
     "after unlink": (os, "unlink", "after"),

@@ -1,25 +1,19 @@
 import hashlib
 import json
-import re
 import subprocess
 import sys
-import tarfile
 
 import numpy as np
 import pytest
 from collections_on_disk import draw_collection
 
+from data_shards.commit import committed
 from data_shards.convert import ConvertConfig, convert
 from data_shards.index import (
     IDENTITY,
     SAMPLE,
-    Member,
     ShardSet,
-    committed,
-    dali_index,
-    header_name,
     map_table,
-    split_name,
     write_table,
 )
 from data_shards.reader import TarReader
@@ -213,41 +207,9 @@ def test_a_table_is_plain_npy_and_is_mapped_again(tmp_path, monkeypatch):
     assert SAMPLE.itemsize == 28
 
 
-def test_dali_index_by_hand():
-    sample = (Member("jpg", 512, 700, "a/1.jpg"), Member("cls", 2048, 1, "a/1.cls"))
-    assert dali_index([sample]) == b"v1.2 1\njpg 512 700 a/1.jpg cls 2048 1 a/1.cls\n"
-
-
 def test_dali_index_is_what_dalis_own_tool_writes(shards, tmp_path):
     tool = tmp_path / "stock.idx"
     for path in ShardSet.open(shards).split("train").shards:
         script = f"{sys.prefix}/bin/wds2idx"
         subprocess.run([sys.executable, script, str(path), str(tool)], check=True, capture_output=True)
         assert path.with_suffix(".idx").read_text() == tool.read_text()
-
-
-def test_a_file_gets_its_name_only_when_it_is_whole(tmp_path):
-    with committed(tmp_path / "x") as file:
-        file.write(b"ab")
-        file.write(b"c")
-        (temporary,) = tmp_path.iterdir()
-        assert re.fullmatch(r"x\.[0-9a-f]{8}\.tmp", temporary.name)
-    assert (tmp_path / "x").read_bytes() == b"abc"
-    assert (file.length, file.sha256) == (3, hashlib.sha256(b"abc").hexdigest())
-
-    def fail():
-        with committed(tmp_path / "y") as half:
-            half.write(b"a")
-            raise KeyboardInterrupt
-
-    with pytest.raises(KeyboardInterrupt):
-        fail()
-    assert [path.name for path in tmp_path.iterdir()] == ["x"]
-
-
-def test_names_by_hand():
-    assert split_name("a.b/c.d.jpg") == ("a.b/c", "d.jpg")
-    assert split_name("c.jpg") == ("c", "jpg")
-    assert header_name(bytes(512)) is None
-    assert header_name(tarfile.TarInfo("a/1.jpg").tobuf(tarfile.USTAR_FORMAT)) == "a/1.jpg"
-    assert header_name(tarfile.TarInfo("a/1.jpg").tobuf(tarfile.GNU_FORMAT)) is None

@@ -1,12 +1,15 @@
 import io
 import re
+import subprocess
+import sys
 from types import SimpleNamespace
 
 import pytest
 from rich.console import Console
 from rich.progress import Progress
 
-from data_shards.progress import COLUMNS, progress
+from data_shards.progress import progress
+from data_shards.progress_bar import COLUMNS
 
 
 class Terminal(io.StringIO):
@@ -65,3 +68,15 @@ def test_quiet_where_there_is_no_terminal_or_it_is_not_wanted(terminal, monkeypa
     with progress("pack", 3) as advance:
         advance(3)
     assert file.getvalue() == ""
+
+
+def test_nothing_of_rich_is_loaded_where_no_bar_is_drawn():
+    script = """
+import sys
+from data_shards.progress import progress
+with progress("pack", 3) as advance:
+    advance(3)
+print("rich" in sys.modules)
+"""
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
+    assert done.stdout == "False\n"

@@ -74,3 +74,10 @@ def test_names_with_blanks_are_refused(tmp_path):
     path = tar_of(tmp_path / "a.tar", ["a/with blank.jpg"], tarfile.USTAR_FORMAT)
     with pytest.raises(ValueError, match=r"has a member 'a/with blank.jpg': DALI's reader takes no blanks"):
         index_tar(path)
+
+
+def test_it_begins_at_once(tmp_path):
+    """Importing numpy would take as long as the index of thousands of samples."""
+    script = "import sys, data_shards.tar_index; print({'numpy', 'rich', 'PIL'} & set(sys.modules))"
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
+    assert done.stdout == "set()\n"
