@@ -6,23 +6,23 @@ is picked among them. Where the bracket was wrong, which the counts show, it is 
 depends on the draw. Nor on blocks, ranks or threads: float32 products only sort out what is clearly above or below, and what is
 closer than their error is compared in float64 (see `similarity`: it *is* the float64 inner product rounded to float32).
 
-All ranks share the blocks. Memory: 4 n d bytes for the sorted embeddings, 8 MiB of similarities, and 24 bytes for each pair that
+All ranks share the blocks. Memory: 4 n d bytes for the sorted embeddings, 8 MiB for each thread, and 24 bytes for each pair that
 the brackets keep: some five million; a set of so many pairs that its brackets held more has them cut down by counts first.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from math import ceil, floor, inf, sqrt
+from threading import Lock
 from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from data_shards.counter_random import uniform
 from trainer.collectives import all_reduce_sum, gather_rows
 from trainer.evaluation.distance_histograms import distance_histograms as distance_histograms
-from trainer.evaluation.pair_blocks import Sorted, genuine_pairs, impostor_blocks, similarities_of
+from trainer.evaluation.pair_blocks import Block, Sorted, from_impostor_blocks, genuine_pairs, similarities_of
 from trainer.evaluation.pair_blocks import sorted_by_identity as sorted_by_identity
 from trainer.evaluation.similarity import summing_error
 from trainer.metric.verification import OperatingPoint, allowed_at, wilson_interval
@@ -59,8 +59,8 @@ class _Bracket(NamedTuple):
 class _Kept(NamedTuple):
     """What a pass found of a bracket, on this rank."""
 
-    above: int
-    """Pairs whose float32 similarity exceeds the bracket."""
+    above: Tensor
+    """Pairs whose float32 similarity exceeds the bracket, shape (); of a stripe, each bracket, shape (brackets,)."""
     scores: Tensor
     """Float32 similarities within, shape (k,)."""
     pairs: Tensor
@@ -135,9 +135,8 @@ def _drawn(samples: Sorted, seed: int) -> Tensor:
     count = len(samples.embeddings)
     if samples.impostor_pairs <= DRAWN:
         return torch.empty(0)
-    numbers = torch.arange(DRAWN + DRAWN // 4).numpy()
-    first, second = ((torch.from_numpy(uniform(seed, which, numbers)) * count).long() for which in (0, 1))
-    second = second.clamp(max=count - 1)
+    generator = torch.Generator().manual_seed(seed)
+    first, second = torch.randint(count, (2, DRAWN + DRAWN // 4), generator=generator)
     impostors = (second < samples.begins[first]) | (second >= samples.ends[first])
     pairs = torch.stack([first[impostors], second[impostors]], 1)[:DRAWN]
     return similarities_of(samples.embeddings, pairs).sort(descending=True).values
@@ -201,34 +200,62 @@ def _merged(brackets: Sequence[_Bracket]) -> list[_Bracket]:
 
 def _above(samples: Sorted, limits: Sequence[float]) -> dict[float, int]:
     """Impostor pairs whose float32 similarity exceeds each limit."""
-    counts = torch.zeros(len(limits), dtype=torch.int64)
-    for _, _, block in impostor_blocks(samples):
-        values = _comparable(block)
-        counts += torch.tensor([_count(values > limit) for limit in limits])
+
+    def of_stripe(blocks: Iterator[Block]) -> Tensor:
+        counts = torch.zeros(len(limits), dtype=torch.int64)
+        for _, _, block in blocks:
+            values = _comparable(block)
+            counts += torch.tensor([_count(values > limit) for limit in limits])
+        return counts
+
+    counts = sum(from_impostor_blocks(samples, of_stripe), torch.zeros(len(limits), dtype=torch.int64))
     return dict(zip(limits, all_reduce_sum(counts).tolist(), strict=True))
 
 
 def _pass(samples: Sorted, brackets: Sequence[_Bracket]) -> list[_Kept]:
     """Compares all impostor pairs of this rank's blocks with the brackets; what all ranks found together."""
+    room = _Room(MOST_KEPT)
+    stripes = from_impostor_blocks(samples, lambda blocks: _of_stripe(blocks, brackets, room))
+    if all_reduce_sum(torch.tensor(int(room.left < 0))):
+        within = f"{MOST_KEPT:,} impostor pairs lie within {2 * _margin(samples):g} of a threshold"
+        raise ValueError(f"more than {within}: the embeddings have collapsed")
+    above = all_reduce_sum(sum((stripe.above for stripe in stripes), torch.zeros(len(brackets), dtype=torch.int64)))
+    scores = gather_rows(torch.cat([_NONE[0], *(stripe.scores for stripe in stripes)]))
+    pairs = gather_rows(torch.cat([_NONE[1], *(stripe.pairs for stripe in stripes)]))
+    kept = []
+    for number, (low, high) in enumerate(brackets):
+        mine = (scores >= low) & (scores <= high)
+        kept.append(_Kept(above[number], scores[mine], pairs[mine]))
+    return kept
+
+
+class _Room:
+    """How many more pairs a rank keeps; threads share it."""
+
+    def __init__(self, pairs: int) -> None:
+        self.left = pairs
+        self._lock = Lock()
+
+    def take(self, pairs: int) -> bool:
+        """Whether they still fit."""
+        with self._lock:
+            self.left -= pairs
+            return self.left >= 0
+
+
+_NONE = torch.empty(0), torch.empty((0, 2), dtype=torch.int32)
+
+
+def _of_stripe(blocks: Iterator[Block], brackets: Sequence[_Bracket], room: _Room) -> _Kept:
     above = torch.zeros(len(brackets), dtype=torch.int64)
-    scores, pairs, room = [torch.empty(0)], [torch.empty((0, 2), dtype=torch.int32)], MOST_KEPT
-    for row, column, block in impostor_blocks(samples):
+    scores, pairs = [_NONE[0]], [_NONE[1]]
+    for row, column, block in blocks:
         places = _within(block, brackets, above)
-        room -= len(places)
-        if len(places) and room >= 0:
+        if len(places) and room.take(len(places)):
             scores.append(block.flatten()[places].cpu())
             width, at = block.shape[1], places.cpu()
             pairs.append(torch.stack([row + at // width, column + at % width], 1).int())
-    if all_reduce_sum(torch.tensor(int(room < 0))):
-        within = f"{MOST_KEPT:,} impostor pairs lie within {2 * _margin(samples):g} of a threshold"
-        raise ValueError(f"more than {within}: the embeddings have collapsed")
-    above = all_reduce_sum(above)
-    every_score, every_pair = gather_rows(torch.cat(scores)), gather_rows(torch.cat(pairs))
-    kept = []
-    for number, (low, high) in enumerate(brackets):
-        mine = (every_score >= low) & (every_score <= high)
-        kept.append(_Kept(int(above[number]), every_score[mine], every_pair[mine]))
-    return kept
+    return _Kept(above, torch.cat(scores), torch.cat(pairs))
 
 
 def _within(block: Tensor, brackets: Sequence[_Bracket], above: Tensor) -> Tensor:
@@ -256,7 +283,7 @@ def _count(mask: Any) -> int:
 
 def _picked(samples: Sorted, kept: _Kept, bracket: _Bracket, count: int) -> Threshold | None:
     """The value that `count` impostor pairs exceed, or None where the bracket does not hold it for certain."""
-    place = count - kept.above  # in descending order of what was kept
+    place = count - int(kept.above)  # in descending order of what was kept
     if not 0 <= place < len(kept.scores):
         return None
     margin = _margin(samples)
@@ -264,7 +291,7 @@ def _picked(samples: Sorted, kept: _Kept, bracket: _Bracket, count: int) -> Thre
     low, high = middle - margin, middle + margin
     if low < bracket.low or high > bracket.high:
         return None
-    surely = kept.above + int((kept.scores > high).sum())
+    surely = int(kept.above) + int((kept.scores > high).sum())
     close = (kept.scores >= low) & (kept.scores <= high)
     exact = similarities_of(samples.embeddings, kept.pairs[close]).sort(descending=True).values
     threshold = exact[count - surely]

@@ -1,18 +1,21 @@
 """All pairs of a set, each once, in blocks of products that the ranks share."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from math import inf
-from typing import NamedTuple
+from typing import NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
 
 from trainer.collectives import rank, world_size
+from trainer.evaluation.threads import workers
 
-ROWS, COLUMNS = 2048, 1024
-"""Similarities held at once."""
-PAIRS = 1 << 14
-"""Pairs compared one by one at a time."""
+ROWS, COLUMNS = 512, 2048
+"""Similarities that a thread holds at once."""
+PAIRS = 1 << 17
+"""Genuine pairs listed at a time."""
+_CACHED = 1 << 18
+"""Numbers of each side held at once while pairs are compared: 2 MiB as float64, which stays in a core's cache."""
 
 
 class Sorted(NamedTuple):
@@ -50,23 +53,34 @@ def sorted_by_identity(embeddings: Tensor, identities: Tensor, device: str = "cp
     return Sorted(at, (ends - counts).repeat_interleave(counts), ends.repeat_interleave(counts))
 
 
-def impostor_blocks(samples: Sorted) -> Iterator[tuple[int, int, Tensor]]:
-    """First row, first column and float32 similarities of each block of this rank; -inf where no impostor pair is."""
+Block = tuple[int, int, Tensor]
+"""First row, first column and float32 similarities of a block, overwritten by the next; -inf where no impostor pair is."""
+Found = TypeVar("Found")
+
+
+def from_impostor_blocks(samples: Sorted, function: Callable[[Iterator[Block]], Found]) -> list[Found]:
+    """What a function makes of the blocks of each of this rank's stripes of rows; threads work on stripes of their own."""
+    begins = range(rank() * ROWS, len(samples.embeddings), world_size() * ROWS)
+    with workers(samples.embeddings.device) as (_, each):
+        return each(lambda begin: function(_blocks(samples, begin)), begins)
+
+
+def _blocks(samples: Sorted, row: int) -> Iterator[Block]:
+    """Of the stripe that begins at a row."""
     embeddings, count = samples.embeddings, len(samples.embeddings)
     out = embeddings.new_empty(ROWS * COLUMNS)
-    for row in range(rank() * ROWS, count, world_size() * ROWS):
-        mine = embeddings[row : row + ROWS]
-        last = int(samples.ends[min(row + ROWS, count) - 1])  # from here on all columns are of other identities
-        for begin, end in ((row, last), (last, count)):
-            for column in range(begin, end, COLUMNS):
-                theirs = embeddings[column : min(column + COLUMNS, end)]
-                block = out[: len(mine) * len(theirs)].view(len(mine), len(theirs))
-                torch.mm(mine, theirs.T, out=block)
-                if begin == row:
-                    ends = samples.ends[row : row + len(mine), None]
-                    columns = torch.arange(column, column + len(theirs))
-                    block.masked_fill_((columns < ends).to(block.device), -inf)
-                yield row, column, block
+    mine = embeddings[row : row + ROWS]
+    last = int(samples.ends[min(row + ROWS, count) - 1])  # from here on all columns are of other identities
+    for begin, end in ((row, last), (last, count)):
+        for column in range(begin, end, COLUMNS):
+            theirs = embeddings[column : min(column + COLUMNS, end)]
+            block = out[: len(mine) * len(theirs)].view(len(mine), len(theirs))
+            torch.mm(mine, theirs.T, out=block)
+            if begin == row:
+                ends = samples.ends[row : row + len(mine), None]
+                columns = torch.arange(column, column + len(theirs))
+                block.masked_fill_((columns < ends).to(block.device), -inf)
+            yield row, column, block
 
 
 def genuine_pairs(samples: Sorted) -> Iterator[Tensor]:
@@ -82,8 +96,11 @@ def genuine_pairs(samples: Sorted) -> Iterator[Tensor]:
 
 def similarities_of(embeddings: Tensor, pairs: Tensor) -> Tensor:
     """The similarity by definition (see `similarity`) of each pair of rows, float32, shape (k,)."""
-    parts = [
-        (embeddings[some[:, 0].long()].double() * embeddings[some[:, 1].long()].double()).sum(1).float()
-        for some in pairs.to(embeddings.device).split(PAIRS)
-    ]
-    return torch.cat(parts) if parts else embeddings.new_empty(0)
+
+    def of_some(some: Tensor) -> Tensor:
+        first, second = (embeddings[rows.long()].double() for rows in some.unbind(1))  # (some, d) each
+        return first.mul_(second).sum(1).float()
+
+    parts = pairs.to(embeddings.device).split(max(1, _CACHED // embeddings.shape[1]))
+    with workers(embeddings.device) as (_, each):
+        return torch.cat([embeddings.new_empty(0), *each(of_some, parts)])

@@ -13,11 +13,7 @@ Not yet run, for want of a GPU: `device` "cuda".
 """
 
 import collections
-from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
 from functools import partial
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -25,6 +21,7 @@ from torch import Tensor
 from trainer.evaluation import similarity
 from trainer.evaluation.near import Near, Rounded, bound, rounded
 from trainer.evaluation.similarity import NONE, Rows, chunks, keys_of, neighbours_of, read
+from trainer.evaluation.threads import workers
 from trainer.precision import cpu_has_bf16
 
 ROWS, COLUMNS = 512, 2048
@@ -74,31 +71,13 @@ def _group(k: int) -> int:
 
 def _by_products(gallery: Rows, probes: Tensor, k: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     """Keys of the k nearest, shape (n, k), and of which probes they are not known, shape (n,)."""
-    with _workers(probes.device) as (workers, each):
-        parts = probes.split(max(1, min(ROWS, -(-len(probes) // workers))))
+    with workers(probes.device) as (threads, each):
+        parts = probes.split(max(1, min(ROWS, -(-len(probes) // threads))))
         near = [Near(rounded(part, dtype), k) for part in parts]
         for begin, rows in chunks(gallery, probes.device):
             each(partial(_compare, gallery=rounded(rows, dtype), begin=begin), near)
         ranked = each(lambda some: some[0].ranked(gallery, some[1]), list(zip(near, parts, strict=True)))
     return torch.cat([keys for keys, _ in ranked]), torch.cat([unsure for _, unsure in ranked])
-
-
-@contextmanager
-def _workers(device: torch.device) -> Iterator[tuple[int, Callable[..., list[Any]]]]:
-    """How many threads work, and a `map` by them.
-
-    On a CPU each thread has probes of its own and no operation is spread over threads: there are many short ones, and to
-    gather the threads after each costs more than it, above all where other processes use the cores.
-    """
-    count = torch.get_num_threads() if device.type == "cpu" else 1
-    if count == 1:
-        yield 1, lambda function, values: [function(value) for value in values]
-        return
-    with ThreadPoolExecutor(count, initializer=torch.set_num_threads, initargs=(1,)) as pool:
-        try:
-            yield count, lambda function, values: list(pool.map(function, values))
-        finally:
-            torch.set_num_threads(count)
 
 
 def _compare(near: Near, gallery: Rounded, begin: int) -> None:
