@@ -129,7 +129,7 @@ def evaluate(
     config, encoder = encoder_of(run, options, device)
     source = ShardSet.open(shards or config.data.shards)
     held_out = [name for name in SETS if name in source.splits]
-    if not held_out and sets == SetsConfig():
+    if not held_out and not (sets.pairs or sets.bins or sets.ijb or sets.distractors):
         raise ValueError(f"{source.path} holds nothing out: shard with --holdout-identities or --holdout-images")
     if "unseen_identities" in held_out:
         identities = source.split("unseen_identities").samples["identity"]
@@ -138,22 +138,7 @@ def evaluate(
     pixels = _baseline(config, device)
     loss: dict[str, Any] = {"margin": config.loss.effective_margin, "squared": config.loss.squared}
     asked = {**loss, "config": protocol, "device": device}
-    rows: list[ResultRow] = []
-    first: tuple[Split, Tensor, Tensor] | None = None
-    with progress("evaluate", len(held_out), "sets", enabled=rank() == 0) as advance:
-        for name in held_out:
-            split = source.split(name)
-            judge = _judge_open if name == "unseen_identities" else _judge_closed
-            points, result = judge(source, kept, **asked)
-            rows.append(ResultRow(SETS[name], FACESCALE, result))
-            if len(split) <= BASELINE_IMAGES:
-                exact = asked | {
-                    "config": replace(protocol, search=EXACT)
-                }  # an index of pixels costs more than it saves
-                rows.append(ResultRow(SETS[name], RAW_PIXELS, judge(source, pixels, **exact)[1]))
-            first = first or (split, *points)
-            advance(1)
-    rows += judge_sets(
+    further = judge_sets(  # first: a mistake in a list is told before the held-out pictures are embedded
         sets,
         source,
         [(FACESCALE, kept)],
@@ -162,13 +147,36 @@ def evaluate(
         device=device,
         **loss,
     )
+    rows, first = _judge_held_out([source.split(name) for name in held_out], source, kept, pixels, asked)
     if rank() == 0:
-        _save(run, rows, first, source)
+        _save(run, rows + further, first, source)
         kept.prune()
-    return rows
+    return rows + further
 
 
-def _save(run: Path, rows: Sequence[ResultRow], first: tuple[Split, Tensor, Tensor] | None, source: ShardSet) -> None:
+Points = tuple[Split, Tensor, Tensor]
+
+
+def _judge_held_out(
+    splits: Sequence[Split], source: ShardSet, kept: Embed, pixels: Embed, asked: dict[str, Any]
+) -> tuple[list[ResultRow], Points | None]:
+    """Results of each split by the network and by raw pixels, and the network's embeddings of the first split."""
+    rows: list[ResultRow] = []
+    first: Points | None = None
+    exactly = asked | {"config": replace(asked["config"], search=EXACT)}  # an index of pixels costs more than it saves
+    with progress("evaluate", len(splits), "sets", enabled=rank() == 0) as advance:
+        for split in splits:
+            judge = _judge_open if split.name == "unseen_identities" else _judge_closed
+            points, result = judge(source, kept, **asked)
+            rows.append(ResultRow(SETS[split.name], FACESCALE, result))
+            if len(split) <= BASELINE_IMAGES:
+                rows.append(ResultRow(SETS[split.name], RAW_PIXELS, judge(source, pixels, **exactly)[1]))
+            first = first or (split, *points)
+            advance(1)
+    return rows, first
+
+
+def _save(run: Path, rows: Sequence[ResultRow], first: Points | None, source: ShardSet) -> None:
     if first is None:
         save_results(run / EVALUATION, rows, None, None)
         return
