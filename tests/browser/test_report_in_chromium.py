@@ -116,6 +116,23 @@ def test_a_point_in_three_dimensions_shows_its_picture(look, pages):
     pytest.fail("no point of the chart showed anything")
 
 
+def test_buttons_save_a_chart_here_and_none_sends_it_anywhere(look, pages):
+    looked = look(pages["one"])
+    page = looked.page
+    titles = set(page.evaluate("[...document.querySelectorAll('.modebar-btn')].map(button => button.dataset.title)"))
+    assert titles == {
+        "Download plot as a PNG", "Zoom", "Pan", "Zoom in", "Zoom out", "Reset axes", "Orbital rotation",
+        "Reset camera to default",
+    }  # fmt: skip
+    for key in ("roc-1", "tsne3d-1"):
+        page.locator(f"#{key}").scroll_into_view_if_needed()
+        page.locator(f"#{key}").hover()
+        with page.expect_download() as saved:
+            page.locator(f"#{key} .modebar-btn[data-title^=Download]").click()
+        assert Path(saved.value.path()).read_bytes().startswith(b"\x89PNG")
+    assert looked.errors == []
+
+
 def test_names_that_look_like_markup_are_shown_and_never_run(look, pages):
     looked = look(pages["one"])
     looked.page.on("dialog", lambda dialog: looked.errors.append(dialog.message))

@@ -81,17 +81,15 @@ def gallery_figure(records: Sequence[Record], name: str) -> Figure | None:
         return None
     columns = _FIGURE_COLUMNS if name != "misses" else 3
     rows = [-(-len(own) // columns) for _, own in shown]
-    figure = Figure(figsize=(10.5, 0.4 + sum(1.75 * count + 0.45 for count in rows)), dpi=110, facecolor="white")
+    heights = [height for count in rows for height in (0.35, 1.75 * count)]  # a title and its cards, in inches
+    figure = Figure(figsize=(10.5, sum(heights)), dpi=110, facecolor="white")
     FigureCanvasAgg(figure)
-    heights = [1.75 * count + 0.45 for count in rows]
-    parts = figure.subfigures(len(shown), 1, squeeze=False, height_ratios=heights)[:, 0]
-    for part, (record, own), count in zip(parts, shown, rows, strict=True):
-        part.suptitle(f"{GALLERIES[name]}{f': {record.name}' if len(records) > 1 else ''}", fontsize=11)
-        for number, (card, place) in enumerate(
-            zip(own, part.subfigures(count, columns, squeeze=False).flat, strict=False)
-        ):
+    parts = figure.subfigures(len(heights), 1, squeeze=False, height_ratios=heights)[:, 0]
+    for (record, own), title, part, count in zip(shown, parts[::2], parts[1::2], rows, strict=True):
+        words = f"{GALLERIES[name]}{f': {record.name}' if len(records) > 1 else ''}"
+        title.text(0.5, 0.5, words.replace("$", r"\$"), ha="center", va="center", fontsize=12)
+        for card, place in zip(own, part.subfigures(count, columns, squeeze=False).flat, strict=False):
             _draw_card(place, card)
-            assert number < _FIGURE_CARDS
     return figure
 
 

@@ -25,10 +25,13 @@ def tsne(points: np.ndarray, dimensions: int, seed: int = 0) -> np.ndarray:
     Source: van der Maaten and Hinton 2008; started from the principal components as Kobak and Berens 2019 advise.
     """
     from sklearn.manifold import TSNE
+    from threadpoolctl import threadpool_limits
 
     perplexity = max(1.0, min(float(_NEIGHBOURS), (len(points) - 1) / 3))
     start = 1e-4 * _principal(points, dimensions, seed)
-    return TSNE(dimensions, metric="cosine", perplexity=perplexity, init=start, random_state=seed).fit_transform(points)
+    layout = TSNE(dimensions, metric="cosine", perplexity=perplexity, init=start, random_state=seed)
+    with threadpool_limits(1):  # a few hundred points: threads would wait for each other longer than they work
+        return layout.fit_transform(points)
 
 
 def umap(points: np.ndarray, dimensions: int, seed: int = 0) -> np.ndarray:

@@ -3,10 +3,14 @@
   const report = JSON.parse(document.getElementById("report-data").textContent);
   const root = document.documentElement;
   const touch = matchMedia("(pointer: coarse)").matches;
-  const config = {
+  // plotly's own choice of buttons has one that uploads the chart, faces and all
+  const buttons = (solid) => solid
+    ? [["toImage"], ["zoom3d", "pan3d", "orbitRotation", "resetCameraDefault3d"]]
+    : [["toImage"], ["zoom2d", "pan2d", "zoomIn2d", "zoomOut2d", "resetScale2d"]];
+  const config = (solid) => ({
     displaylogo: false, responsive: true, plotlyServerURL: "", showTips: false, displayModeBar: touch ? false : "hover",
-    modeBarButtonsToRemove: ["select2d", "lasso2d", "autoScale2d", "resetCameraLastSave3d", "tableRotation"],
-  };
+    modeBarButtons: buttons(solid),
+  });
 
   // colours: "$3~0.2" is the palette's fourth at a fifth of its strength, as the theme has it now
   const paint = (value, style) => {
@@ -47,7 +51,7 @@
     for (const [id, chart] of Object.entries(report.charts)) {
       const place = document.getElementById(id);
       const made = paint({ data: chart.data, layout: layout(chart.layout) }, style);
-      Plotly.react(place, made.data, made.layout, config);
+      Plotly.react(place, made.data, made.layout, config(Boolean(chart.layout.scene)));
     }
   };
 
