@@ -195,12 +195,22 @@ def test_it_prints_light_and_without_what_only_a_screen_needs(look, pages, tmp_p
     page.evaluate("dispatchEvent(new Event('beforeprint'))")
     page.emulate_media(media="print")
     assert pen(page) == "rgb(0, 114, 178)"
+    widths = page.evaluate(
+        "[...document.querySelectorAll('main .main-svg, main table')].map(e => e.getBoundingClientRect().width)"
+    )
+    assert max(widths) <= 680
     assert page.locator("nav").is_hidden()
     assert page.locator("#theme").is_hidden()
     printed = page.pdf(path=tmp_path / "report.pdf", format="A4")
     assert printed.startswith(b"%PDF-")
     page.evaluate("dispatchEvent(new Event('afterprint'))")
     assert pen(page) == "rgb(75, 163, 227)"
+    page.emulate_media(media="screen")
+    for _ in range(50):
+        if page.evaluate("document.querySelector('#loss-1 .main-svg').getBoundingClientRect().width") > 900:
+            return
+        page.wait_for_timeout(100)
+    pytest.fail("the chart stays as narrow as the paper")
 
 
 def test_the_policy_stops_a_script_that_is_not_ours(look, pages, tmp_path):

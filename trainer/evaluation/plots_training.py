@@ -23,14 +23,12 @@ Entries = Sequence[dict[str, Any]]
 def loss_plot(records: Sequence[Record]) -> Plot:
     """Training loss and, where it was evaluated, the loss on held-out identities; over the margin where margins differ."""
     scale, axis = _scale(records)
-    panels = [Panel(x_label=axis, y_label="triplet loss", lines=_losses(records, scale, "loss"), y_range=(0, None))]
+    panels = [Panel(**axis, y_label="triplet loss", lines=_losses(records, scale, "loss"), y_range=(0, None))]
     margins = {record.config.get("loss", {}).get("margin") for record in records}
     if len(margins) > 1 and all("loss_over_margin" in record.log[-1] for record in records):
         lines = _losses(records, scale, "loss_over_margin")
         panels.append(
-            Panel(
-                title="as a share of the margin", x_label=axis, y_label="loss / margin", lines=lines, y_range=(0, None)
-            )
+            Panel(title="as a share of the margin", **axis, y_label="loss / margin", lines=lines, y_range=(0, None))
         )
     words = [f"{record.name}: from {_told(record, 'loss', '.3f')}" for record in records]
     return Plot(
@@ -51,7 +49,7 @@ def accuracy_plot(records: Sequence[Record]) -> Plot | None:
     for name, title in ACCURACIES.items():
         lines = _accuracies(records, name, scale)
         if lines:
-            panels.append(Panel(title=title, x_label=axis, y_label="accuracy (%)", lines=lines, y_range=(None, 101)))
+            panels.append(Panel(title=title, **axis, y_label="accuracy (%)", lines=lines, y_range=(None, 101)))
     if not panels:
         return None
     end = "Marks at the right end: the finished run, on the whole set. Level lines: raw pixels."
@@ -74,7 +72,7 @@ def health_plot(records: Sequence[Record]) -> Plot:
 
     def panel(title: str, unit: str, lines: list[Line], top: float | None = None) -> list[Panel]:
         kept = [line for line in lines if np.isfinite(line.y).any()]
-        return [Panel(title=title, x_label=axis, y_label=unit, lines=kept, y_range=(0, top))] if kept else []
+        return [Panel(title=title, **axis, y_label=unit, lines=kept, y_range=(0, top))] if kept else []
 
     def traces(name: str, factor: float = 1) -> list[Line]:
         return [
@@ -112,7 +110,7 @@ def throughput_plot(records: Sequence[Record]) -> Plot | None:
         for number, record in timed:
             label, style = record.label if len(records) > 1 else "", _trace_style(records, number)
             lines += [*_faint(record, name, scale, style), _smooth(record, name, scale, label, style)]
-        panels.append(Panel(x_label=axis, y_label=unit, lines=lines, y_range=(0, None)))
+        panels.append(Panel(**axis, y_label=unit, lines=lines, y_range=(0, None)))
     words = "; ".join(f"{record.name} {speed(record.log)}" for _, record in timed)
     return Plot(
         name="throughput",
@@ -221,10 +219,11 @@ def _column(lines: Entries, name: str) -> np.ndarray:
     return np.array([float(line.get(name, np.nan)) for line in lines])
 
 
-def _scale(records: Sequence[Record]) -> tuple[float, str]:
+def _scale(records: Sequence[Record]) -> tuple[float, dict[str, Any]]:
+    """What to divide images seen by, and the x axis of a panel."""
     most = max(record.log[-1]["images_seen"] for record in records)
     scale, unit = (1e6, " (millions)") if most >= 2_000_000 else (1e3, " (thousands)") if most >= 2_000 else (1.0, "")
-    return scale, f"images seen{unit}"
+    return scale, {"x_label": f"images seen{unit}", "x_range": (0, 1.03 * most / scale)}
 
 
 def _logged(records: Sequence[Record]) -> str:

@@ -51,6 +51,7 @@
     for (const [id, chart] of Object.entries(report.charts)) {
       const place = document.getElementById(id);
       const made = paint({ data: chart.data, layout: layout(chart.layout) }, style);
+      if (root.dataset.printing) Object.assign(made.layout, { width: place.clientWidth, height: place.clientHeight });
       Plotly.react(place, made.data, made.layout, config(Boolean(chart.layout.scene)));
     }
   };
@@ -112,8 +113,9 @@
   button.hidden = false;
   button.addEventListener("click", () => { asked = root.dataset.theme !== "dark"; setTheme(asked); });
   system.addEventListener("change", () => setTheme(wanted()));
-  addEventListener("beforeprint", () => setTheme(false));
-  addEventListener("afterprint", () => setTheme(wanted()));
+  // a chart keeps the width that it was drawn at, so it is drawn as wide as the paper first
+  addEventListener("beforeprint", () => { root.dataset.printing = "true"; setTheme(false); });
+  addEventListener("afterprint", () => { delete root.dataset.printing; setTheme(wanted()); });
 
   // where one is, in the list of contents
   const links = new Map([...document.querySelectorAll("nav a")].map((link) => [link.hash.slice(1), link]));
