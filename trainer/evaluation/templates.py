@@ -1,7 +1,7 @@
 """Templates: several images of a person as one vector; 1:1 over a list of template pairs, 1:N against galleries.
 
 Images are embedded some at a time and averaged at once, so that memory is that of the templates' vectors, of `IMAGES` embeddings
-and of 60 bytes a pair (1 GB for the 15.7 million of IJB-C), on each rank, whatever the number of images.
+and 90 bytes a pair (1.4 GB for lists as long as IJB-C's, 15.7 million pairs), on each rank, whatever the number of images.
 """
 
 from collections.abc import Iterator
