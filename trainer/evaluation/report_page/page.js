@@ -115,7 +115,11 @@
   system.addEventListener("change", () => setTheme(wanted()));
   // a chart keeps the width that it was drawn at, so it is drawn as wide as the paper first
   addEventListener("beforeprint", () => { root.dataset.printing = "true"; setTheme(false); });
-  addEventListener("afterprint", () => { delete root.dataset.printing; setTheme(wanted()); });
+  addEventListener("afterprint", () => {
+    delete root.dataset.printing;
+    setTheme(wanted());
+    for (const id of Object.keys(report.charts)) Plotly.Plots.resize(document.getElementById(id));
+  });
 
   // where one is, in the list of contents
   const links = new Map([...document.querySelectorAll("nav a")].map((link) => [link.hash.slice(1), link]));
