@@ -1,5 +1,6 @@
 """Byte index of every sample in every tar of a shard set: written by the conversion, memory-mapped by the reader."""
 
+import hashlib
 import io
 import json
 import re
@@ -72,8 +73,8 @@ class ShardSet:
 
     @property
     def fingerprint(self) -> str:
-        """SHA-256 of the training split's rows of the index, which have the checksum of every picture."""
-        return self.manifest["splits"][self.splits[0]]["index_sha256"]
+        """Of the training split, as `Split.fingerprint`."""
+        return _fingerprint(self.manifest["splits"][self.splits[0]])
 
     @property
     def splits(self) -> tuple[str, ...]:
@@ -99,6 +100,11 @@ class ShardSet:
         own = _identities(self.path, name, self.manifest)
         if (samples["identity"][own["start"].astype(np.int64)] != own["identity"]).any():
             raise ValueError(f"{self.path / IDENTITIES} does not fit the index: convert again")
+
+
+def _fingerprint(entry: dict[str, Any]) -> str:
+    digests = [entry["index_sha256"], *(shard["sha256"] for shard in entry["shards"])]
+    return hashlib.sha256(" ".join(digests).encode()).hexdigest()
 
 
 class Split:
@@ -147,9 +153,11 @@ class Split:
 
     @property
     def fingerprint(self) -> str:
-        """SHA-256 of its rows of the index, which have the checksum of every picture."""
-        found: str = self._entry["index_sha256"]
-        return found
+        """Of every picture and its place: SHA-256 of the SHA-256s of the index' rows and of all tars.
+
+        The rows' CRC-32 alone would not do: that of a PNG, whose chunks end in their own, says little more than their lengths.
+        """
+        return _fingerprint(self._entry)
 
     def check_sizes(self) -> None:
         """Compares every tar's size with the manifest, so that nothing too short is ever mapped.

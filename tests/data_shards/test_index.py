@@ -1,11 +1,14 @@
 import hashlib
+import io
 import json
 import subprocess
 import sys
+import zlib
 
 import numpy as np
 import pytest
 from collections_on_disk import draw_collection
+from PIL import Image
 
 from data_shards.commit import committed
 from data_shards.convert import ConvertConfig, convert
@@ -213,3 +216,32 @@ def test_dali_index_is_what_dalis_own_tool_writes(shards, tmp_path):
         script = f"{sys.prefix}/bin/wds2idx"
         subprocess.run([sys.executable, script, str(path), str(tool)], check=True, capture_output=True)
         assert path.with_suffix(".idx").read_text() == tool.read_text()
+
+
+def _pngs_of_one_crc():
+    """Two uncompressed PNGs of one size and one CRC-32. Their chunks end in CRC-32s, so that few values are left for the file."""
+    seen = {}
+    for seed in range(5000):
+        file = io.BytesIO()
+        pixels = np.random.default_rng(seed).integers(0, 256, (8, 8, 3), np.uint8)
+        Image.fromarray(pixels).save(file, "PNG", compress_level=0)
+        key = len(file.getvalue()), zlib.crc32(file.getvalue())
+        if key in seen:
+            return seen[key], file.getvalue()
+        seen[key] = file.getvalue()
+    raise AssertionError("no two of 5,000 have one CRC-32")
+
+
+def test_the_fingerprint_tells_apart_pictures_that_crc_32_does_not(tmp_path):
+    opened = []
+    for name, png in zip(("one", "other"), _pngs_of_one_crc(), strict=True):
+        for number in range(2):
+            picture = tmp_path / name / ("ann", "bob")[number] / "0.png"
+            picture.parent.mkdir(parents=True, exist_ok=True)
+            picture.write_bytes(png)
+        convert(tmp_path / name, tmp_path / f"{name}-shards", ConvertConfig(workers=1))
+        opened.append(ShardSet.open(tmp_path / f"{name}-shards"))
+    one, other = opened
+    assert np.array_equal(one.split("train").samples, other.split("train").samples)
+    assert one.fingerprint == one.split("train").fingerprint
+    assert one.fingerprint != other.fingerprint
