@@ -17,8 +17,9 @@ from torch import Tensor
 from data_shards.index import ShardSet, Split
 from data_shards.reader import TarReader
 from trainer.evaluation.measures import Scalars
-from trainer.evaluation.prepared import Embed, Part, Report, embed_parts, shared_search
+from trainer.evaluation.prepared import Embed, Part, Report, embed_parts
 from trainer.evaluation.protocols import SetResult
+from trainer.evaluation.rank_search import search
 from trainer.metric.identification import mated_ranks, split_gallery
 
 RANKS = (1, 5)
@@ -50,7 +51,7 @@ class DistractorSet:
         most = max(1024, NUMBERS // embeddings.shape[1])
         for count, parts in _stretches(self.splits, self.order, most):
             joined = embed_parts(embedded, parts, self.name)
-            best, _ = shared_search(joined, embeddings[probes], min(RANKS[-1], len(joined)), report.device)
+            best, _ = search(joined, embeddings[probes], min(RANKS[-1], len(joined)), report.device)
             above += (best > mates[:, None]).sum(1)  # at least RANKS[-1] where the mate is beyond every rank
             if count is not None:
                 rows.append(_row(count, torch.where(ranks > 0, ranks + above, 0)))
@@ -112,7 +113,7 @@ def _among_enrolled(
     embeddings: Tensor, identities: Tensor, gallery: Tensor, probes: Tensor, device: str
 ) -> tuple[Tensor, Tensor]:
     """Rank of each probe's mate among the enrolled identities, 0 beyond `RANKS`, and its similarity, shape (p,) each."""
-    similarities, positions = shared_search(embeddings[gallery], embeddings[probes], RANKS[-1], device)
+    similarities, positions = search(embeddings[gallery], embeddings[probes], RANKS[-1], device)
     neighbours = identities[gallery][positions]  # (p, k)
     ranks = mated_ranks(neighbours, identities[probes])
     return ranks, similarities.gather(1, (ranks - 1).clamp(min=0)[:, None])[:, 0]

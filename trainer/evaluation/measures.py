@@ -149,12 +149,13 @@ def open_set_points(samples: Set, images: int, fpirs: Sequence[float], seed: int
     similarities, positions = find(embeddings[gallery], embeddings[probes], 1)
     right = owners(identities[gallery], positions[:, 0]) == identities[probes]
     best = similarities[:, 0]
-    points = [_open_set_point(best[: len(mated)], right[: len(mated)], best[len(mated) :], fpir) for fpir in fpirs]
+    points = [open_set_point(best[: len(mated)], right[: len(mated)], best[len(mated) :], fpir) for fpir in fpirs]
     counts = {"open_set_enrolled": len(gallery), "open_set_mated": len(mated), "open_set_nonmated": len(strangers)}
     return {"tpir_at_fpir": points, **counts}
 
 
-def _open_set_point(mated: Tensor, right: Tensor, nonmated: Tensor, fpir: float) -> Scalars:
+def open_set_point(mated: Tensor, right: Tensor, nonmated: Tensor, fpir: float) -> Scalars:
+    """`tpir_at_fpir` as a dict with `refused`, None or the reason why there is none."""
     try:
         return asdict(tpir_at_fpir(mated, right, nonmated, fpir)) | {"refused": None}
     except ValueError as reason:
@@ -256,7 +257,7 @@ def operating_points(samples: Set, fars: Sequence[float], most: int, seed: int, 
         "roc_impostor_pairs": len(impostor),
         "roc_pairs_are": which,
     }
-    return scalars, histograms | dict(zip(("roc_far", "roc_tar"), _thinned(curve), strict=True))
+    return scalars, histograms | dict(zip(("roc_far", "roc_tar"), thinned(curve), strict=True))
 
 
 _HISTOGRAMS = ("histogram_edges", "histogram_genuine", "histogram_impostor")
@@ -269,14 +270,15 @@ def point_told(point: OperatingPoint | Refused, impostors: int) -> Scalars:
     return asdict(point) | {"refused": None}
 
 
-def _operating_point(genuine: Tensor, impostor: Tensor, far: float) -> Scalars:
+def operating_point(genuine: Tensor, impostor: Tensor, far: float) -> Scalars:
+    """`tar_at_far` as a dict with `refused`, None or the reason why there is none."""
     try:
         return asdict(tar_at_far(genuine, impostor, far)) | {"refused": None}
     except ValueError as reason:
         return {"target": far, "tar": None, "impostor_pairs": len(impostor), "refused": str(reason)}
 
 
-def _thinned(curve: Roc, points: int = 500) -> tuple[np.ndarray, np.ndarray]:
+def thinned(curve: Roc, points: int = 500) -> tuple[np.ndarray, np.ndarray]:
     """At most 2 x `points` points of the curve: the last at or under each FAR of a logarithmic and of a linear grid."""
     far = curve.far.contiguous()
     smallest = float(far[far > 0].min())

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from data_shards.index import ShardSet
 from data_shards.sources.insightface_bin import InsightFaceBin
-from trainer.evaluation.measures import Curves, Scalars, _operating_point, _thinned
+from trainer.evaluation.measures import Curves, Scalars, operating_point, thinned
 from trainer.evaluation.pair_lists import find_images, folds_of, folds_share_identities, keys_of, read_pairs
 from trainer.evaluation.prepared import Embed, Part, Report, embed_parts, named_missing
 from trainer.evaluation.protocols import SetResult
@@ -149,11 +149,11 @@ def judge_scores(genuine: Tensor, impostor: Tensor, fars: Sequence[float]) -> tu
     scalars = {
         "eer": equal_error_rate(curve),
         "auc": area_under_curve(curve),
-        "tar_at_far": [_operating_point(genuine, impostor, far) for far in fars],
+        "tar_at_far": [operating_point(genuine, impostor, far) for far in fars],
         "genuine_pairs": len(genuine),
         "impostor_pairs": len(impostor),
     }
-    curves = dict(zip(("roc_far", "roc_tar"), _thinned(curve), strict=True))
+    curves = dict(zip(("roc_far", "roc_tar"), thinned(curve), strict=True))
     edges = np.linspace(0, 2, BINS + 1)
     curves |= {"histogram_edges": edges}
     for name, scores in (("genuine", genuine), ("impostor", impostor)):

@@ -11,9 +11,6 @@ from torch import Tensor
 from torch.nn.functional import normalize
 
 from data_shards.index import Split
-from data_shards.plan import contiguous_slice
-from trainer.collectives import gather_rows, rank, world_size
-from trainer.evaluation.index import search
 from trainer.evaluation.measures import Scalars
 from trainer.evaluation.protocols import HEADLINE_NEIGHBOURS, SetResult
 
@@ -74,15 +71,6 @@ def embed_parts(embedded: Embed, parts: Sequence[Part], what: str) -> Tensor:
     if zero:
         raise ValueError(f"{zero} of {len(found)} embeddings of {what} are zero; they have no direction")
     return normalize(found, dim=1)
-
-
-def shared_search(gallery: Tensor, probes: Tensor, k: int, device: str) -> tuple[Tensor, Tensor]:
-    """`index.search` with the probes shared among the ranks; every rank has the whole result, on the CPU."""
-    own = contiguous_slice(len(probes), rank(), world_size())
-    mine = probes[own.start : own.stop]
-    found = search(gallery, mine, k, device) if len(mine) else (torch.empty(0, k), torch.empty(0, k).long())
-    similarities, positions = (gather_rows(values.to(device)).cpu() for values in found)
-    return similarities, positions
 
 
 def named_missing(missing: Sequence[str], named: int = 5) -> str:

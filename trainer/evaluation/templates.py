@@ -5,7 +5,7 @@ and 90 bytes a pair (1.4 GB for lists as long as IJB-C's, 15.7 million pairs), o
 """
 
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from typing import Any, NamedTuple, Self
 
 import numpy as np
@@ -15,11 +15,12 @@ from torch import Tensor
 
 from data_shards.index import Split
 from trainer.collectives import all_reduce_sum, rank, world_size
-from trainer.evaluation.measures import Curves, Scalars
+from trainer.evaluation.measures import Curves, Scalars, open_set_point
 from trainer.evaluation.pair_sets import judge_scores
-from trainer.evaluation.prepared import Embed, Report, embed_parts, shared_search
+from trainer.evaluation.prepared import Embed, Report, embed_parts
 from trainer.evaluation.protocols import SetResult
-from trainer.metric.identification import cumulative_match, mated_ranks, tpir_at_fpir
+from trainer.evaluation.rank_search import search
+from trainer.metric.identification import cumulative_match, mated_ranks
 from trainer.metric.templates import template_means
 
 IMAGES = 4096
@@ -127,7 +128,7 @@ class TemplateSet:
             scalars, best, right, _ = _ranked(vectors, gallery, probes, self.ranks, device)
             mated = torch.from_numpy(np.isin(probes.subjects, gallery.subjects))
             others = torch.from_numpy(~np.isin(probes.subjects, listed.subjects))  # not those whose mate is left out
-            points = [_open_set_point(best[mated], right[mated], best[others], fpir) for fpir in self.fpirs]
+            points = [open_set_point(best[mated], right[mated], best[others], fpir) for fpir in self.fpirs]
             found.append({"gallery": gallery.name, **scalars, "nonmated": int(others.sum()), "tpir_at_fpir": points})
         union = Gallery("all", *(np.concatenate(part) for part in zip(*(one[1:] for one in galleries), strict=True)))
         scalars, _, _, curve = _ranked(vectors, union, probes, self.ranks, device)
@@ -188,20 +189,13 @@ def _ranked(vectors: Tensor, gallery: Gallery, probes: Gallery, ranks: tuple[int
     longest = min(len(subjects), max(LONGEST_RANK, ranks[-1]))
     reach = min(len(gallery.subjects), longest * int(counts.max()))
     enrolled, searched = (vectors[torch.from_numpy(part.templates)] for part in (gallery, probes))
-    similarities, positions = shared_search(enrolled, searched, reach, device)
+    similarities, positions = search(enrolled, searched, reach, device)
     neighbours, own = torch.from_numpy(gallery.subjects)[positions], torch.from_numpy(probes.subjects)
     mated = torch.from_numpy(np.isin(probes.subjects, subjects))
     curve = cumulative_match(mated_ranks(neighbours[mated], own[mated]), longest)
     scalars: dict[str, Any] = {f"rank{k}": float(curve[k - 1]) for k in ranks}
     scalars |= {"templates": len(gallery.subjects), "subjects": len(subjects), "mated": int(mated.sum())}
     return _Ranked(scalars, similarities[:, 0], neighbours[:, 0] == own, curve[:LONGEST_RANK])
-
-
-def _open_set_point(mated: Tensor, right: Tensor, nonmated: Tensor, fpir: float) -> Scalars:
-    try:
-        return asdict(tpir_at_fpir(mated, right, nonmated, fpir)) | {"refused": None}
-    except ValueError as reason:
-        return {"target": fpir, "tpir": None, "refused": str(reason)}
 
 
 def _mean_point(points: list[Scalars]) -> Scalars:
