@@ -105,9 +105,12 @@ def hardest_pairs(embeddings: Tensor, identities: Tensor, count: int) -> tuple[l
         for columns in torch.arange(int(rows[0]), len(points)).split(_TILE):
             cosines = points[rows] @ points[columns].T  # (t, t)
             same = identities[rows][:, None] == identities[columns][None, :]
-            once = columns[None, :] > rows[:, None]
-            impostor.offer(cosines.masked_fill(same | ~once, -inf), rows, columns)
-            genuine.offer((-cosines).masked_fill(~(same & once), -inf), rows, columns)
+            left_out = same if rows[0] != columns[0] else same | (columns[None, :] < rows[:, None])
+            if bool(same.any()):
+                once = same & (columns[None, :] > rows[:, None])
+                genuine.offer((-cosines).masked_fill(~once, -inf), rows, columns)
+                cosines.masked_fill_(left_out, -inf)
+            impostor.offer(cosines, rows, columns)
     return _pairs(points, genuine), _pairs(points, impostor)
 
 
@@ -156,10 +159,12 @@ class _Best:
         self.cells = np.empty((0, 3))  # score, row, column
 
     def offer(self, scores: Tensor, rows: Tensor, columns: Tensor) -> None:
-        top = scores.flatten().topk(min(self._count, scores.numel())).values
-        if top[0] == -inf or top[0] < self._bound:
+        best = float(scores.max())
+        if best == -inf or best < self._bound:
             return
-        bound = max(self._bound, float(top[-1]))
+        bound = self._bound
+        if bound == -inf:
+            bound = float(scores.flatten().topk(min(self._count, scores.numel())).values[-1])
         places = ((scores >= bound) & (scores > -inf)).nonzero()  # (m, 2)
         values = scores[places[:, 0], places[:, 1]]
         new = torch.stack([values, rows[places[:, 0]].double(), columns[places[:, 1]].double()], dim=1)
