@@ -150,6 +150,18 @@ def test_evaluate_judges_both_sets_and_raw_pixels_beside(judged):
     assert {"knn_leave_one_out_1", "knn_leave_one_out_3"} <= rows[0].keys()
 
 
+def test_pairs_of_a_set_that_is_kept_are_not_embedded_again(judged, tmp_path, capsys):
+    run = Path(shutil.copytree(judged, tmp_path / "run"))
+    (tmp_path / "pairs.csv").write_text("first,second,same,fold\nn01/000,n01/001,1,0\nn01/002,n04/000,0,0\n")
+    (tmp_path / "more.csv").write_text("first,second,same,fold\nn07/000,n07/001,1,0\nn10/002,n04/000,0,1\n")
+    kept = {path.name for path in (run / "embeddings").iterdir()}
+    for name in ("pairs.csv", "more.csv"):
+        assert main(["evaluate", str(run), "--knn", "1", "--device", "cpu", "--pairs", str(tmp_path / name)]) == 0
+    assert {path.name for path in (run / "embeddings").iterdir()} == kept
+    rows = json.loads((run / "evaluation" / "results.json").read_text())
+    assert [row["set"] for row in rows][-1] == "more.csv"
+
+
 def test_report_is_written_from_an_evaluated_run(judged, tmp_path, capsys, monkeypatch):
     monkeypatch.setattr("trainer.evaluation.report.PROJECTIONS", {})  # the slow ones
     run = Path(shutil.copytree(judged, tmp_path / "run"))

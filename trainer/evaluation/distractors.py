@@ -48,6 +48,8 @@ class DistractorSet:
         ranks, mates = _among_enrolled(embeddings, identities, gallery, probes, report.device)
         above = torch.zeros_like(ranks)
         rows = [_row(0, ranks)]
+        for split in self.splits:
+            embedded(split, None)  # the whole set at once; an embedder that keeps it takes the stretches from there
         most = max(1024, NUMBERS // embeddings.shape[1])
         for count, parts in _stretches(self.splits, self.order, most):
             joined = embed_parts(embedded, parts, self.name)

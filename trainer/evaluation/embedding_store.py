@@ -119,6 +119,11 @@ def read_embeddings(folder: Path) -> Stored:
     return Stored(torch.from_numpy(embeddings), torch.from_numpy(identities), manifest)
 
 
+def is_whole(folder: Path) -> bool:
+    """Whether `read_embeddings` would find something there."""
+    return (folder / MANIFEST).is_file() and bool(_read_manifest(folder).get("complete"))
+
+
 def folder_name(encoder: Encoder, split: Split, fingerprint: str, samples: np.ndarray | None, dtype: str) -> str:
     """A name of its own for everything that `embed_to` tells apart."""
     wanted = _about(encoder, split, fingerprint, samples, dtype)

@@ -20,7 +20,16 @@ from trainer.collectives import broadcast_buffers, gather_objects, rank
 from trainer.config import CONFIG, TrainConfig, load
 from trainer.evaluation.draws import draw_identities
 from trainer.evaluation.embed import PIXEL_SIZE, Function, embed, mirrored, raw_pixels
-from trainer.evaluation.embedding_store import DTYPES, MANIFEST, Encoder, Stored, embed_to, folder_name
+from trainer.evaluation.embedding_store import (
+    DTYPES,
+    MANIFEST,
+    Encoder,
+    Stored,
+    embed_to,
+    folder_name,
+    is_whole,
+    read_embeddings,
+)
 from trainer.evaluation.finder import EXACT
 from trainer.evaluation.prepared import Embed
 from trainer.evaluation.protocols import ProtocolConfig, SetResult, check_open_set, closed_set, open_set
@@ -197,6 +206,11 @@ class _Kept:
 
     def __call__(self, split: Split, samples: np.ndarray | None) -> tuple[Tensor, Tensor]:
         pictures = split.fingerprint
+        whole = self._folder / folder_name(self._encoder, split, pictures, None, self._dtype)
+        if samples is not None and is_whole(whole):
+            found = read_embeddings(whole)
+            rows = torch.from_numpy(samples)
+            return found.embeddings[rows], found.identities[rows]
         name = folder_name(self._encoder, split, pictures, samples, self._dtype)
         found = embed_to(
             self._folder / name,

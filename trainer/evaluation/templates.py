@@ -111,6 +111,7 @@ class TemplateSet:
 
     def _vectors(self, embedded: Embed) -> Tensor:
         """The unit vector of each template, float32, shape (t, d)."""
+        embedded(self.split, None)  # the whole set at once; an embedder that keeps it takes the parts from there
         order = np.argsort(self.templates, kind="stable")
         parts = []
         for rows in _whole_templates(self.templates[order], order):
