@@ -39,8 +39,8 @@ def headlines(records: Sequence[Record]) -> Terms:
         ),
         (
             "Contrastive",
-            f"same/different verification accuracy on pairs, half of them genuine: mean ± standard deviation over {folds} "
-            f"folds, each with the threshold that is best on the other {folds - 1}.",
+            "same/different verification accuracy on pairs (half of them genuine; of a list, its own): mean ± standard "
+            f"deviation over {folds} folds, each with the threshold that is best on the other {folds - 1}.",
         ),
         (
             "Rank5",

@@ -192,6 +192,7 @@ def measures(s: Scalars) -> dict[str, str]:
         for weighted, how in (("", ""), ("weighted_", ", weighted by distance")):
             start = f"knn_{kind}_{weighted}"
             found |= {f"kNN {words}{how}, k = {k}": percent(s[f"{start}{k}"]) for k in _asked(s, start)}
+    found |= _galleries(s)
     found["Nearest centroid"] = percent(s.get("centroid_accuracy"))
     found["Mean average precision"] = percent(s.get("map"))
     found["R-precision"] = percent(s.get("r_precision"))
@@ -212,6 +213,16 @@ def measures(s: Scalars) -> dict[str, str]:
 
 
 _HEADLINES = ["kNN", "Contrastive", "Rank5", "Loss"]
+
+
+def _galleries(s: Scalars) -> dict[str, str]:
+    """Rank-k against each gallery of a template set, and as distractors join."""
+    found = {}
+    for part in s.get("identification") or []:
+        found |= {f"Rank-{k}, gallery {part['gallery']}": percent(part[f"rank{k}"]) for k in _asked(part, "rank")}
+    for row in s.get("distractors") or []:
+        found |= {f"Rank-{k} among {row['count']:,} distractors": percent(row[f"rank{k}"]) for k in _asked(row, "rank")}
+    return found
 
 
 def _summary(row: ResultRow) -> list[str]:
