@@ -1,6 +1,6 @@
 """The only import of torch.distributed. With one process every function here is the identity.
 
-NCCL is used where accelerate set it up (CUDA), gloo elsewhere. Not yet run, for want of GPUs: `join` with `cuda`, and the trip of
+NCCL is used where accelerate set it up (CUDA), gloo elsewhere. Not yet run, for want of a GPU: `join` with `cuda`, and the trip of
 CPU tensors by way of the GPU in `_carrier`.
 """
 
