@@ -110,7 +110,7 @@ def _contenders(gallery: Any, probes: Any, size: int) -> dict[str, Callable[[], 
 
 def _without_bf16(found: Callable[[], Any]) -> Any:
     """As on a CPU without instructions for it."""
-    from trainer.evaluation import torch_search
+    from trainer.evaluation.search import torch_search
 
     kept, torch_search.cpu_has_bf16 = torch_search.cpu_has_bf16, lambda: False
     try:
@@ -121,8 +121,8 @@ def _without_bf16(found: Callable[[], Any]) -> Any:
 
 def measured_approximate(gallery_size: int, _: int) -> dict[str, Any]:
     """Seconds of building and searching once, the recall of 1,000 probes taken exactly included, and that recall."""
-    from trainer.evaluation.approximate import ApproximateConfig, search_approximately
     from trainer.evaluation.index import search
+    from trainer.evaluation.search.approximate import ApproximateConfig, search_approximately
 
     gallery, _ = faces(gallery_size, gallery_size // 20, 1)
     probes, _ = faces(PROBES, gallery_size // 20, 2)
@@ -149,8 +149,8 @@ def measured_approximate(gallery_size: int, _: int) -> dict[str, Any]:
 def measured_pairs(count: int, rounds: int) -> dict[str, Any]:
     """Seconds of TAR@FAR and of the histograms over all pairs, of the products that they need, into memory that is there, and the
     peak MiB of the process with TAR@FAR, and beyond what it had before."""
-    from trainer.evaluation.all_pairs import operating_points_of_all_pairs, sorted_by_identity
-    from trainer.evaluation.distance_histograms import distance_histograms
+    from trainer.evaluation.search.all_pairs import operating_points_of_all_pairs, sorted_by_identity
+    from trainer.evaluation.search.distance_histograms import distance_histograms
 
     samples = sorted_by_identity(*faces(count, count // 20, 3))
     seconds: dict[str, list[float]] = {"TAR@FAR": [], "bare products": [], "histograms": []}

@@ -73,8 +73,8 @@ def _add_protocol(group: argparse._ArgumentGroup) -> None:
 def _evaluate(args: argparse.Namespace) -> int:
     from trainer.collectives import rank
     from trainer.evaluation.protocols import ProtocolConfig
+    from trainer.evaluation.report.tables import main_table, rank1_line
     from trainer.evaluation.run import evaluate
-    from trainer.evaluation.tables import main_table, rank1_line
 
     with _ranks(args.device) as device:
         protocol = ProtocolConfig(

@@ -18,7 +18,7 @@ def add_report(add: ADD) -> None:
 
 
 def _report(args: argparse.Namespace) -> int:
-    from trainer.evaluation.report import write_report
+    from trainer.evaluation.report.write import write_report
 
     folder = write_report(args.run, out=args.out, pdf=args.pdf)
     print((folder / "results.md").read_text(encoding="utf-8").split("\n## ")[0])

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from trainer.evaluation.sets import SetsConfig
+    from trainer.evaluation.sets.judge import SetsConfig
 
 
 def add_set_options(parser: argparse.ArgumentParser) -> None:
@@ -34,7 +34,7 @@ def sets_of(args: argparse.Namespace) -> "SetsConfig":
     Raises:
         ValueError: see `SetsConfig`.
     """
-    from trainer.evaluation.sets import SetsConfig
+    from trainer.evaluation.sets.judge import SetsConfig
 
     if not (args.pairs or args.images or args.bin or args.ijb or args.distractors):
         return SetsConfig()

@@ -1,7 +1,7 @@
 """The only import of torch.distributed. With one process every function here is the identity.
 
-NCCL is used where accelerate set it up (CUDA), gloo elsewhere. Not yet run, for want of a GPU: `join` with `cuda`, and the trip of
-CPU tensors by way of the GPU in `_carrier`.
+NCCL is used where accelerate set it up (CUDA), gloo elsewhere. Not yet run, for want of a GPU: `join` with `cuda`, and how CPU
+tensors travel by way of the GPU in `_carrier`.
 """
 
 import os
@@ -166,7 +166,9 @@ class Board:
     def __init__(self) -> None:
         host, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
         self._store = dist.TCPStore(host, port, is_master=False, timeout=timedelta(seconds=5))
-        start = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")  # torchrun's store outlives the ranks that it starts again
+        start = os.environ.get(
+            "TORCHELASTIC_RESTART_COUNT", "0"
+        )  # torchrun's store outlives the ranks that it starts again
         self._place = f"facescale/{start}"
 
     @staticmethod

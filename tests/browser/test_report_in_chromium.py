@@ -9,7 +9,7 @@ from PIL import Image
 
 from tests.browser.chromium import Looked, chromium, needs_chromium
 from tests.trainer.evaluation.conftest import SCRIPT, held_out, pictured, plain  # noqa: F401
-from trainer.evaluation.report import write_report
+from trainer.evaluation.report.write import write_report
 
 pytestmark = [needs_chromium, pytest.mark.timeout(600)]
 

@@ -9,9 +9,9 @@ import torch
 from torch import Tensor
 
 from tests.distributed.processes import in_processes
-from tests.trainer.evaluation.search_oracle import assert_same, oracle, vectors
+from tests.trainer.evaluation.search.search_oracle import assert_same, oracle, vectors
 from trainer.collectives import rank
-from trainer.evaluation.rank_search import search, search_split_gallery, slice_of
+from trainer.evaluation.search.rank_search import search, search_split_gallery, slice_of
 
 Found = tuple[Tensor, Tensor]
 
@@ -102,9 +102,9 @@ def test_a_mistake_on_one_rank_is_told_by_all():
 @pytest.mark.parametrize("world", [1, 2, 3, 5])
 @pytest.mark.parametrize("count", [0, 1, 4, 700])
 def test_slices_cover_all_once(world, count, monkeypatch):
-    monkeypatch.setattr("trainer.evaluation.rank_search.world_size", lambda: world)
+    monkeypatch.setattr("trainer.evaluation.search.rank_search.world_size", lambda: world)
     covered: list[Any] = []
     for number in range(world):
-        monkeypatch.setattr("trainer.evaluation.rank_search.rank", lambda number=number: number)
+        monkeypatch.setattr("trainer.evaluation.search.rank_search.rank", lambda number=number: number)
         covered += range(*slice_of(count))
     assert covered == list(range(count))

@@ -13,12 +13,12 @@ from data_shards.index import ShardSet
 from data_shards.loader import LoaderConfig
 from tests.data_shards.collections_on_disk import draw_collection, encoded
 from tests.distributed.processes import in_processes
-from tests.trainer.evaluation.ijb_folder import write_ijb
+from tests.trainer.evaluation.sets.ijb_folder import write_ijb
 from trainer.collectives import rank
-from trainer.evaluation import set_shards
 from trainer.evaluation.embed import embed, raw_pixels
-from trainer.evaluation.set_shards import on_all_ranks, on_first_rank
-from trainer.evaluation.sets import SetsConfig, judge_sets
+from trainer.evaluation.sets import set_shards
+from trainer.evaluation.sets.judge import SetsConfig, judge_sets
+from trainer.evaluation.sets.set_shards import on_all_ranks, on_first_rank
 
 CONFIG = LoaderConfig(image_size=16, decode_threads=1)
 

@@ -163,7 +163,7 @@ def test_pairs_of_a_set_that_is_kept_are_not_embedded_again(judged, tmp_path, ca
 
 
 def test_report_is_written_from_an_evaluated_run(judged, tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr("trainer.evaluation.report.PROJECTIONS", {})  # the slow ones
+    monkeypatch.setattr("trainer.evaluation.report.write.PROJECTIONS", {})  # the slow ones
     run = Path(shutil.copytree(judged, tmp_path / "run"))
     assert main(["report", str(run)]) == 0
     said = capsys.readouterr().out

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from trainer.cli_sets import add_set_options, sets_of
-from trainer.evaluation.sets import SetsConfig
+from trainer.evaluation.sets.judge import SetsConfig
 
 
 def parsed(*options):

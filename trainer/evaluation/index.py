@@ -17,8 +17,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from trainer.evaluation import torch_search
-from trainer.evaluation.similarity import Rows, chunks, keys_of, neighbours_of, read, similarities, summing_error
+from trainer.evaluation.search import torch_search
+from trainer.evaluation.search.similarity import Rows, chunks, keys_of, neighbours_of, read, similarities, summing_error
 
 SLACK = 16
 """Candidates asked of faiss beyond k, so that a close call at the k-th place seldom needs the whole gallery."""

@@ -13,11 +13,11 @@ import torch
 from torch import Tensor
 from torch.nn.functional import relu, softplus
 
-from trainer.evaluation.all_pairs import Refused, operating_points_of_all_pairs
-from trainer.evaluation.distance_histograms import distance_histograms
 from trainer.evaluation.draws import Pairs, draw_identities, draw_triplets
-from trainer.evaluation.finder import Finder, owners
-from trainer.evaluation.pair_blocks import sorted_by_identity
+from trainer.evaluation.search.all_pairs import Refused, operating_points_of_all_pairs
+from trainer.evaluation.search.distance_histograms import distance_histograms
+from trainer.evaluation.search.finder import Finder, owners
+from trainer.evaluation.search.pair_blocks import sorted_by_identity
 from trainer.metric.distances import paired_distance, pairwise_squared
 from trainer.metric.identification import (
     centroids,

@@ -14,7 +14,6 @@ from torch import Tensor
 from torch.nn.functional import normalize
 
 from trainer.evaluation.draws import draw_pairs
-from trainer.evaluation.finder import EXACT, SEARCHES, Finder
 from trainer.evaluation.measures import (
     Curves,
     Scalars,
@@ -30,6 +29,7 @@ from trainer.evaluation.measures import (
     triplets_exist,
 )
 from trainer.evaluation.retrieved import clusters, retrieved
+from trainer.evaluation.search.finder import EXACT, SEARCHES, Finder
 from trainer.metric.identification import centroids, split_gallery
 
 HEADLINE_NEIGHBOURS = 5

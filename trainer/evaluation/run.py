@@ -30,8 +30,6 @@ from trainer.evaluation.embedding_store import (
     is_whole,
     read_embeddings,
 )
-from trainer.evaluation.finder import EXACT
-from trainer.evaluation.prepared import Embed
 from trainer.evaluation.protocols import ProtocolConfig, SetResult, check_open_set, closed_set, open_set
 from trainer.evaluation.results import (
     EVALUATION,
@@ -42,7 +40,9 @@ from trainer.evaluation.results import (
     ResultRow,
     save_results,
 )
-from trainer.evaluation.sets import SetsConfig, judge_sets
+from trainer.evaluation.search.finder import EXACT
+from trainer.evaluation.sets.judge import SetsConfig, judge_sets
+from trainer.evaluation.sets.prepared import Embed
 from trainer.model import Embedder
 from trainer.precision import use_bf16
 

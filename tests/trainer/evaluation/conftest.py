@@ -7,7 +7,7 @@ import pytest
 from data_shards.convert import ConvertConfig, convert
 from data_shards.index import ShardSet
 from tests.data_shards.collections_on_disk import draw_collection
-from tests.trainer.evaluation.fake_runs import evaluate, train
+from tests.trainer.evaluation.report.fake_runs import evaluate, train
 
 SCRIPT = "<script>alert(1)</script>"
 

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch.nn.functional import normalize
 
-from tests.trainer.evaluation.search_oracle import assert_same, oracle, vectors
+from tests.trainer.evaluation.search.search_oracle import assert_same, oracle, vectors
 from trainer.evaluation import index
 from trainer.evaluation.index import SLACK, engine_line, engine_of, gpu_count, search
 
@@ -110,8 +110,8 @@ WITHOUT_FAISS = """
 import sys
 sys.modules["faiss"] = None
 import torch
-from tests.trainer.evaluation.search_oracle import assert_same, oracle, vectors
-from trainer.evaluation.approximate import ApproximateConfig, search_approximately
+from tests.trainer.evaluation.search.search_oracle import assert_same, oracle, vectors
+from trainer.evaluation.search.approximate import ApproximateConfig, search_approximately
 from trainer.evaluation.index import engine_line, gpu_count, search
 gallery, probes = vectors(3000), vectors(50, seed=1)
 gallery[2000:2100] = gallery[:100]

@@ -6,9 +6,9 @@ import torch
 from sklearn.neighbors import KNeighborsClassifier
 
 from tests.trainer.evaluation.test_protocols import circle, people
-from trainer.evaluation.finder import Finder
 from trainer.evaluation.measures import open_set_points, operating_points, rank_k
 from trainer.evaluation.protocols import ProtocolConfig, closed_set, open_set
+from trainer.evaluation.search.finder import Finder
 
 HAND = {"ranks": (1, 2), "knn": (1,), "knn_gallery_images": 1, "folds": 2, "pairs": 8, "fars": (), "fpirs": ()}
 

@@ -6,7 +6,7 @@ import pytest
 import torch
 from PIL import Image
 
-from tests.trainer.evaluation.fake_runs import evaluate, people
+from tests.trainer.evaluation.report.fake_runs import evaluate, people
 from trainer.evaluation.examples import find_examples, shown_samples
 from trainer.evaluation.protocols import SetResult
 from trainer.evaluation.results import FACESCALE, ResultRow, load_results, replaced_folder, save_results

@@ -1,0 +1,1 @@
+"""Neighbours exactly by all ranks, approximately, and everything that looks at all pairs of a set."""
