@@ -158,6 +158,8 @@ def test_pairs_of_a_set_that_is_kept_are_not_embedded_again(judged, tmp_path, ca
     for name in ("pairs.csv", "more.csv"):
         assert main(["evaluate", str(run), "--knn", "1", "--device", "cpu", "--pairs", str(tmp_path / name)]) == 0
     assert {path.name for path in (run / "embeddings").iterdir()} == kept
+    said = capsys.readouterr().err
+    assert said.count("facescale: exact search: ") == 2
     rows = json.loads((run / "evaluation" / "results.json").read_text())
     assert [row["set"] for row in rows][-1] == "more.csv"
 

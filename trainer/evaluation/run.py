@@ -30,6 +30,7 @@ from trainer.evaluation.embedding_store import (
     is_whole,
     read_embeddings,
 )
+from trainer.evaluation.index import engine_line
 from trainer.evaluation.protocols import ProtocolConfig, SetResult, check_open_set, closed_set, open_set
 from trainer.evaluation.results import (
     EVALUATION,
@@ -180,9 +181,17 @@ def _judge_held_out(
             rows.append(ResultRow(SETS[split.name], FACESCALE, result))
             if len(split) <= BASELINE_IMAGES:
                 rows.append(ResultRow(SETS[split.name], RAW_PIXELS, judge(source, pixels, **exactly)[1]))
-            first = first or (split, *points)
+            if first is None:
+                first = (split, *points)
+                _tell(_searched(points[0], asked["config"], asked["device"]))
             advance(1)
     return rows, first
+
+
+def _searched(gallery: Tensor, config: ProtocolConfig, device: str) -> str:
+    if config.search == EXACT:
+        return engine_line(gallery, config.knn[-1], device)
+    return f"approximate search: {config.search}; the results have its recall"
 
 
 def _save(run: Path, rows: Sequence[ResultRow], first: Points | None, source: ShardSet) -> None:
@@ -236,8 +245,12 @@ class _Kept:
 def tell_pace(found: Stored, name: str) -> None:
     """Says on rank 0 how fast a set was embedded."""
     pace = f"{found.manifest['images_per_s']:,.0f} images/s, data wait {found.manifest['data_wait_percent']:.1f} %"
+    _tell(f"{len(found.embeddings):,} images of {name} embedded at {pace}")
+
+
+def _tell(text: str) -> None:
     if rank() == 0:
-        print(f"facescale: {len(found.embeddings):,} images of {name} embedded at {pace}", file=sys.stderr)
+        print(f"facescale: {text}", file=sys.stderr)
 
 
 def _baseline(config: TrainConfig, device: str) -> Embed:
