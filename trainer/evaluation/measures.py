@@ -15,7 +15,7 @@ from torch.nn.functional import relu, softplus
 
 from trainer.evaluation.draws import Pairs, draw_identities, draw_triplets
 from trainer.evaluation.search.all_pairs import Refused, operating_points_of_all_pairs
-from trainer.evaluation.search.distance_histograms import distance_histograms
+from trainer.evaluation.search.distance_histograms import BINS, distance_histograms
 from trainer.evaluation.search.finder import Finder, owners
 from trainer.evaluation.search.pair_blocks import sorted_by_identity
 from trainer.metric.distances import paired_distance, pairwise_squared
@@ -200,13 +200,15 @@ def triplet_loss(samples: Set, margin: float | None, squared: bool, seed: int) -
 def _drawn_loss(
     embeddings: Tensor, triplets: tuple[Tensor, Tensor, Tensor], margin: float | None, squared: bool
 ) -> float:
-    losses = []
-    block = max(1, _CACHED // embeddings.shape[1])
-    for rows in zip(*(part.split(block) for part in triplets), strict=True):
-        anchor, positive, negative = (embeddings[row] for row in rows)  # (block, d) each
+    count, block = len(triplets[0]), max(1, _CACHED // embeddings.shape[1])
+    losses = torch.empty(
+        count
+    )  # made once: small tensors kept between large ones leave holes in the heap, 24 GB of them
+    for begin in range(0, count, block):
+        anchor, positive, negative = (embeddings[rows[begin : begin + block]] for rows in triplets)  # (block, d) each
         near, far = (paired_distance(anchor, other, squared) for other in (positive, negative))
-        losses.append(_loss(near - far, margin))
-    return float(torch.cat(losses).double().mean())
+        losses[begin : begin + block] = _loss(near - far, margin)
+    return float(losses.double().mean())
 
 
 def fold_accuracy(samples: Set, pairs: Pairs) -> Scalars:
@@ -236,28 +238,41 @@ def operating_points(samples: Set, fars: Sequence[float], most: int, seed: int, 
         curves roc_far and roc_tar, thinned, shape (points,); histogram_edges, root distances, shape (bins + 1,),
         histogram_genuine and histogram_impostor, pairs, shape (bins,).
     """
-    everything = sorted_by_identity(*samples, device)
-    points = operating_points_of_all_pairs(everything, fars, seed)
-    histograms = dict(zip(_HISTOGRAMS, (part.cpu().numpy() for part in distance_histograms(everything)), strict=True))
     embeddings, identities = samples
-    which = "all pairs"
-    if len(identities) > most:
+    large = len(identities) > most
+    if large:
+        everything = sorted_by_identity(*samples, device)
+        found = operating_points_of_all_pairs(everything, fars, seed)
+        points = [point_told(point, everything.impostor_pairs) for point in found]
+        counted = everything.genuine_pairs, everything.impostor_pairs
+        histograms = [part.cpu() for part in distance_histograms(everything)]
         chosen = draw_identities(identities, most, seed)
         embeddings, identities = embeddings[chosen], identities[chosen]
-        which = f"all pairs of {len(chosen):,} samples, whole identities drawn"
     genuine, impostor = (side.cpu() for side in pair_similarities(embeddings.to(device), identities.to(device)))
+    if not large:
+        points = [operating_point(genuine, impostor, far) for far in fars]
+        counted = len(genuine), len(impostor)
+        histograms = [torch.linspace(0, 2, BINS + 1, dtype=torch.float64), *map(_histogram, (genuine, impostor))]
+    which = f"all pairs of {len(identities):,} samples, whole identities drawn" if large else "all pairs"
     curve = roc(genuine, impostor)
     scalars = {
         "eer": equal_error_rate(curve),
         "auc": area_under_curve(curve),
-        "tar_at_far": [point_told(point, everything.impostor_pairs) for point in points],
-        "genuine_pairs": everything.genuine_pairs,
-        "impostor_pairs": everything.impostor_pairs,
+        "tar_at_far": points,
+        "genuine_pairs": counted[0],
+        "impostor_pairs": counted[1],
         "roc_genuine_pairs": len(genuine),
         "roc_impostor_pairs": len(impostor),
         "roc_pairs_are": which,
     }
-    return scalars, histograms | dict(zip(("roc_far", "roc_tar"), thinned(curve), strict=True))
+    counts = dict(zip(_HISTOGRAMS, (part.numpy() for part in histograms), strict=True))
+    return scalars, counts | dict(zip(("roc_far", "roc_tar"), thinned(curve), strict=True))
+
+
+def _histogram(similarities: Tensor) -> Tensor:
+    """Pairs in each bin of the root distance, int64, shape (bins,)."""
+    distances = (2 - 2 * similarities.double()).clamp(min=0).sqrt()
+    return torch.bincount((distances * (BINS / 2)).long().clamp(max=BINS - 1), minlength=BINS)
 
 
 _HISTOGRAMS = ("histogram_edges", "histogram_genuine", "histogram_impostor")
