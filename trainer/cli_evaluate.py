@@ -64,7 +64,7 @@ def _add_protocol(group: argparse._ArgumentGroup) -> None:
         "--knn", type=int, nargs="+", default=[1, 5, 20], metavar="K", help="numbers of voting neighbours"
     )
     text = "how neighbours are found; all but exact are approximate, and told with their recall"
-    group.add_argument("--search", choices=("exact", "ivf", "hnsw", "ivfpq"), default="exact", help=text)
+    group.add_argument("--search", choices=("exact", "split", "ivf", "hnsw", "ivfpq"), default="exact", help=text)
     rates = [0.1, 0.01, 1e-3, 1e-4, 1e-5, 1e-6]
     group.add_argument("--fars", type=float, nargs="+", default=rates, metavar="FAR", help="false-accept rates of TAR")
     group.add_argument("--seed", type=int, default=0, help="draws the verification pairs")

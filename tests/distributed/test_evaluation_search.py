@@ -10,7 +10,11 @@ from torch import Tensor
 
 from tests.distributed.processes import in_processes
 from tests.trainer.evaluation.search.search_oracle import assert_same, oracle, vectors
+from tests.trainer.evaluation.test_protocols import people
 from trainer.collectives import rank
+from trainer.evaluation import index
+from trainer.evaluation.protocols import ProtocolConfig, open_set
+from trainer.evaluation.search.finder import Finder
 from trainer.evaluation.search.rank_search import search, search_split_gallery, slice_of
 
 Found = tuple[Tensor, Tensor]
@@ -37,6 +41,7 @@ def on_a_rank(folder: str) -> dict[str, Found]:
         "fewer rows than ranks": search_split_gallery(gallery[few_begin:few_end], few_begin, probes, 2),
         "fewer probes than ranks": search(gallery, probes[:1], 6),
         "no probes": search_split_gallery(gallery[begin:end], begin, probes[:0], 6),
+        "evaluation": Finder("split")(gallery, probes, 6),
     }
 
 
@@ -47,7 +52,7 @@ def test_any_number_of_ranks_finds_the_same(ranks, tmp_path):
     np.save(tmp_path / "gallery.npy", half)
     expected = oracle(gallery, probes, 6)
     for found in in_processes(ranks, on_a_rank, str(tmp_path)):
-        for name in ("probes shared", "by faiss", "gallery split"):
+        for name in ("probes shared", "by faiss", "gallery split", "evaluation"):
             assert_same(found[name], expected)
         assert_same(found["all of it"], oracle(gallery, probes, len(gallery)))
         assert_same(found["mapped"], oracle(torch.from_numpy(half).float(), probes, 6))
@@ -108,3 +113,28 @@ def test_slices_cover_all_once(world, count, monkeypatch):
         monkeypatch.setattr("trainer.evaluation.search.rank_search.rank", lambda number=number: number)
         covered += range(*slice_of(count))
     assert covered == list(range(count))
+
+
+def judged(method: str) -> dict[str, Any]:
+    """A set judged with this search, without what it says of its search, and the sizes of the galleries searched here."""
+    sizes = []
+    inner = index.search
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(
+            index,
+            "search",
+            lambda gallery, *rest, **named: sizes.append(len(gallery)) or inner(gallery, *rest, **named),
+        )
+        config = ProtocolConfig(knn=(1, 5), search=method)
+        scalars = open_set(*people(), margin=0.2, squared=False, config=config).scalars
+    assert (scalars.pop("search"), scalars.pop("protocol")["search"]) == (method, method)
+    return scalars | {"largest": max(sizes)}
+
+
+@pytest.mark.parametrize("ranks", [1, 2, 3])
+def test_a_split_gallery_judges_alike_and_a_rank_searches_its_slice(ranks):
+    whole = judged("exact")
+    assert whole.pop("largest") == 240
+    for found in in_processes(ranks, judged, "split"):
+        assert found.pop("largest") == 240 // ranks
+        assert found == whole

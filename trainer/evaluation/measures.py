@@ -18,7 +18,7 @@ from trainer.evaluation.search.all_pairs import Refused, operating_points_of_all
 from trainer.evaluation.search.distance_histograms import BINS, distance_histograms
 from trainer.evaluation.search.finder import Finder, owners
 from trainer.evaluation.search.pair_blocks import sorted_by_identity
-from trainer.metric.distances import paired_distance, pairwise_squared
+from trainer.metric.distances import cosines_of_pairs, paired_distance, pairwise_squared, rows_at_once
 from trainer.metric.identification import (
     centroids,
     cumulative_match,
@@ -48,9 +48,6 @@ MOST_TRIPLETS = 1_000_000
 """Valid triplets up to which the triplet loss averages all of them."""
 DRAWN_TRIPLETS = 100_000
 """Triplets drawn for it beyond that."""
-
-_CACHED = 1 << 18
-"""Numbers of each side held at once while distances are taken: 1 MiB, which stays in a core's cache."""
 
 Scalars = dict[str, Any]
 Curves = dict[str, np.ndarray]
@@ -200,10 +197,9 @@ def triplet_loss(samples: Set, margin: float | None, squared: bool, seed: int) -
 def _drawn_loss(
     embeddings: Tensor, triplets: tuple[Tensor, Tensor, Tensor], margin: float | None, squared: bool
 ) -> float:
-    count, block = len(triplets[0]), max(1, _CACHED // embeddings.shape[1])
-    losses = torch.empty(
-        count
-    )  # made once: small tensors kept between large ones leave holes in the heap, 24 GB of them
+    count, block = len(triplets[0]), rows_at_once(embeddings)
+    # made once: small tensors kept between large ones leave holes in the heap, 24 GB of them
+    losses = torch.empty(count)
     for begin in range(0, count, block):
         anchor, positive, negative = (embeddings[rows[begin : begin + block]] for rows in triplets)  # (block, d) each
         near, far = (paired_distance(anchor, other, squared) for other in (positive, negative))
@@ -216,8 +212,7 @@ def fold_accuracy(samples: Set, pairs: Pairs) -> Scalars:
 
     verification_threshold is the root distance that divides all pairs best: for pictures and clusters, not for the accuracy.
     """
-    first, second = (samples[0][side].double() for side in (pairs.first, pairs.second))  # (p, d)
-    similarities = (first * second).sum(dim=1)
+    similarities = cosines_of_pairs(samples[0], pairs.first, pairs.second)
     accuracies = fold_accuracies(similarities, pairs.genuine, pairs.fold)
     threshold = best_threshold(similarities, pairs.genuine)
     return {

@@ -73,7 +73,8 @@ class ProtocolConfig:
     band_draws: int = 1000
     """Draws of identities for the confidence band of the CMC; 0: no band."""
     search: str = EXACT
-    """How neighbours are found: exact, or ivf, hnsw, ivfpq (see `approximate`), whose recall the results then have."""
+    """How neighbours are found: exact; split, where each rank searches its slice of the gallery, for one too large for a device;
+    or ivf, hnsw, ivfpq (see `approximate`), whose recall the results then have."""
     seed: int = 0
     """Of every draw."""
 

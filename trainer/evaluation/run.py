@@ -41,7 +41,7 @@ from trainer.evaluation.results import (
     ResultRow,
     save_results,
 )
-from trainer.evaluation.search.finder import EXACT
+from trainer.evaluation.search.finder import EXACT, SPLIT
 from trainer.evaluation.sets.judge import SetsConfig, judge_sets
 from trainer.evaluation.sets.prepared import Embed
 from trainer.model import Embedder
@@ -190,7 +190,7 @@ def _judge_held_out(
 
 
 def _searched(gallery: Tensor, config: ProtocolConfig, device: str) -> str:
-    if config.search == EXACT:
+    if config.search in (EXACT, SPLIT):
         return engine_line(gallery, config.knn[-1], device)
     return f"approximate search: {config.search}; the results have its recall"
 

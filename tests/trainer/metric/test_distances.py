@@ -1,10 +1,12 @@
 import math
+import operator
 
 import pytest
 import torch
 from torch.nn.functional import normalize
 
-from trainer.metric.distances import paired_distance, pairwise_squared
+from trainer.metric import distances
+from trainer.metric.distances import cosines_of_pairs, paired_distance, pairwise_squared
 
 X = torch.tensor([[1.0, 0.0], [0.6, 0.8]], dtype=torch.float64)
 Y = torch.tensor([[0.0, 1.0], [0.6, -0.8]], dtype=torch.float64)
@@ -62,3 +64,16 @@ def test_close_points_keep_their_distance_in_float32():
     assert 2 - 2 * float(x @ y.T) == 0
     assert float(paired_distance(x, y, squared=True)) == pytest.approx(1e-10, rel=1e-5)
     assert float(paired_distance(x, y, squared=False)) == pytest.approx(1e-5, rel=1e-5)
+
+
+def test_cosines_of_pairs_are_their_products_in_any_blocks(monkeypatch):
+    embeddings = normalize(torch.randn(50, 8, generator=torch.Generator().manual_seed(0)), dim=1)
+    first, second = torch.randint(50, (2, 333), generator=torch.Generator().manual_seed(1))
+    whole = cosines_of_pairs(embeddings, first, second)
+    one, other = embeddings[first].tolist(), embeddings[second].tolist()
+    products = [math.fsum(map(operator.mul, *rows)) for rows in zip(one, other, strict=True)]
+    assert whole.dtype == torch.float64
+    assert whole.tolist() == pytest.approx(products, abs=1e-15)
+    monkeypatch.setattr(distances, "_CACHED", 8 * 7)
+    assert torch.equal(cosines_of_pairs(embeddings, first, second), whole)
+    assert cosines_of_pairs(embeddings, first[:0], second[:0]).shape == (0,)

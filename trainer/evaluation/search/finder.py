@@ -1,4 +1,5 @@
-"""How the protocols find neighbours: exactly, or by an approximate index whose recall goes with the results."""
+"""How the protocols find neighbours: exactly, the probes or the gallery shared among the ranks, or by an approximate index whose
+recall goes with the results."""
 
 from typing import Any
 
@@ -9,15 +10,16 @@ from trainer.collectives import gather_objects, gather_rows
 from trainer.evaluation.search import rank_search
 from trainer.evaluation.search.approximate import METHODS, ApproximateConfig, search_approximately
 
-EXACT = "exact"
-SEARCHES = (EXACT, *METHODS)
+EXACT, SPLIT = "exact", "split"
+"""Both exact: each rank searches the whole gallery for its slice of the probes, or its slice of the gallery for all probes."""
+SEARCHES = (EXACT, SPLIT, *METHODS)
 
 
 class Finder:
     """Finds neighbours with all ranks together; every rank calls it with the same arguments and has the same result.
 
     Args:
-        method: "exact", or one of `approximate.METHODS`.
+        method: "exact", "split" (a device then holds only its rank's slice of the gallery), or one of `approximate.METHODS`.
         device: see `index.search`.
     """
 
@@ -33,6 +35,9 @@ class Finder:
         """
         if self._method == EXACT:
             return rank_search.search(gallery, probes, k, self._device)
+        if self._method == SPLIT:
+            begin, end = rank_search.slice_of(len(gallery))
+            return rank_search.search_split_gallery(gallery[begin:end], begin, probes, k, self._device)
         begin, end = rank_search.slice_of(len(probes))
         config = ApproximateConfig(method=self._method)
         if begin == end:
@@ -48,8 +53,8 @@ class Finder:
 
     def told(self) -> dict[str, Any]:
         """What results say of their search: `search` and, of approximate ones, the lowest recall among the searches so far."""
-        if self._method == EXACT:
-            return {"search": EXACT}
+        if self._method not in METHODS:
+            return {"search": self._method}
         recall, sampled = min(self._recalls, default=(None, 0))
         return {"search": self._method, "search_recall": recall, "search_recall_probes": sampled}
 

@@ -20,13 +20,12 @@ from trainer.evaluation.measures import Curves, Scalars, operating_point, thinne
 from trainer.evaluation.protocols import SetResult
 from trainer.evaluation.sets.pair_lists import find_images, folds_of, folds_share_identities, keys_of, read_pairs
 from trainer.evaluation.sets.prepared import Embed, Part, Report, embed_parts, named_missing
+from trainer.metric.distances import cosines_of_pairs
 from trainer.metric.templates import roc_at_genuine
 from trainer.metric.verification import area_under_curve, best_threshold, equal_error_rate, fold_accuracies
 
 BINS = 100
 """Of the histograms of distances, over [0, 2]."""
-_CACHED = 1 << 20
-"""Numbers of each side held at once while scores are taken."""
 
 
 @dataclass(frozen=True)
@@ -56,7 +55,8 @@ class PairSet:
 
     def judge(self, embedded: Embed, report: Report) -> SetResult:
         embeddings = embed_parts(embedded, self.parts, self.name)
-        scores, genuine = pair_scores(embeddings, self.pairs), torch.from_numpy(self.genuine)
+        scores = cosines_of_pairs(embeddings, *torch.from_numpy(self.pairs.T))
+        genuine = torch.from_numpy(self.genuine)
         labels, folds = np.unique(self.folds, return_inverse=True)
         protocol = {"folds": len(labels), "fars": list(self.fars), "pairs": len(scores)}
         scalars = report.about(len(embeddings), {"pairs_left_out": self.left_out}, protocol)
@@ -127,16 +127,6 @@ def consecutive_folds(pairs: int, folds: int) -> NDArray[np.int64]:
     return np.concatenate(
         [np.full(len(part), fold) for fold, part in enumerate(np.array_split(np.arange(pairs), folds))]
     )
-
-
-def pair_scores(embeddings: Tensor, pairs: NDArray[np.int64]) -> Tensor:
-    """Inner products of pairs of rows, float64, shape (p,), some at a time.
-
-    Args:
-        embeddings: unit vectors, shape (n, d). pairs: shape (p, 2).
-    """
-    blocks = torch.from_numpy(pairs).split(max(1, _CACHED // embeddings.shape[1]))
-    return torch.cat([(embeddings[rows[:, 0]].double() * embeddings[rows[:, 1]].double()).sum(1) for rows in blocks])
 
 
 def judge_scores(genuine: Tensor, impostor: Tensor, fars: Sequence[float]) -> tuple[Scalars, Curves]:

@@ -6,8 +6,7 @@ import torch
 from sklearn.metrics import roc_auc_score, roc_curve
 from sklearn.model_selection import KFold
 
-from trainer.evaluation.sets import pair_sets
-from trainer.evaluation.sets.pair_sets import PairSet, consecutive_folds, judge_scores, pair_scores, root_distance
+from trainer.evaluation.sets.pair_sets import PairSet, consecutive_folds, judge_scores, root_distance
 from trainer.evaluation.sets.prepared import Report
 from trainer.metric.templates import roc_at_genuine
 from trainer.metric.verification import area_under_curve, equal_error_rate, roc
@@ -127,14 +126,6 @@ def test_the_short_curve_is_the_long_one(seed):
     whole = set(zip(long.far.tolist(), long.tar.tolist(), strict=True))
     assert set(zip(short.far.tolist(), short.tar.tolist(), strict=True)) <= whole
     assert len(short.far) == 2 * len(genuine.unique()) + 2
-
-
-def test_scores_do_not_depend_on_blocks(monkeypatch):
-    embeddings, pairs, _ = random_pairs(500)
-    whole = pair_scores(torch.from_numpy(embeddings), pairs)
-    monkeypatch.setattr(pair_sets, "_CACHED", 8 * 7)
-    assert torch.equal(pair_scores(torch.from_numpy(embeddings), pairs), whole)
-    assert whole.dtype == torch.float64
 
 
 def test_folds_that_are_empty_are_none():
