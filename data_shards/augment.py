@@ -11,6 +11,7 @@ from data_shards.plan import Draws, Ints
 
 Floats = NDArray[np.float32]
 
+_LUMA = np.array([0.299, 0.587, 0.114], np.float32)
 _AREA, _ASPECT, _LEFT, _TOP, _MIRROR, _BRIGHTNESS, _CONTRAST, _SATURATION, _GREYSCALE = range(100, 109)
 
 
@@ -92,6 +93,23 @@ def augment(config: AugmentConfig, seed: int, draws: Draws, width: Ints, height:
         _f32(factor(_CONTRAST, config.contrast)),
         _f32(saturation),
     )
+
+
+def colour_matrices(parameters: Augmentation) -> Floats:
+    """What brightness, contrast and saturation do to (r, g, b, 1) in [0, 255]; the product is then cut to [0, 255].
+
+    Saturation scales the distance from the pixel's luma (ITU-R BT.601), then contrast that from 128, then brightness all,
+    as DALI's `color_twist` has it.
+
+    Returns:
+        Shape (n, 3, 4).
+    """
+    factor = parameters.brightness * parameters.contrast
+    matrices = np.empty((len(factor), 3, 4), np.float32)
+    matrices[:, :, :3] = ((1 - parameters.saturation) * factor)[:, None, None] * _LUMA
+    matrices[:, range(3), range(3)] += (parameters.saturation * factor)[:, None]
+    matrices[:, :, 3] = (128 * (1 - parameters.contrast) * parameters.brightness)[:, None]
+    return matrices
 
 
 def _f32(values: NDArray[np.float64]) -> Floats:

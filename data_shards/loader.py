@@ -4,18 +4,20 @@ import os
 from collections import deque
 from collections.abc import Iterator
 from dataclasses import dataclass, field
-from typing import Self
+from typing import Literal, Self, get_args
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from data_shards.augment import Augmentation, AugmentConfig, augment, central_square
-from data_shards.decode import DecodeError, Decoder, Encoded, decodes
+from data_shards.augment import Augmentation, AugmentConfig, augment, central_square, colour_matrices
+from data_shards.cpu_decode import CpuDecoder
+from data_shards.decode import HARDWARE_LOAD, DecodeError, Decoder, Encoded
 from data_shards.index import Split
 from data_shards.plan import Draws, Plan, contiguous_slice, per_rank
 from data_shards.reader import TarReader
 
+_DECODERS = Literal["auto", "dali", "libjpeg"]
 READ_AHEAD = 4
 """Batches whose bytes the kernel is asked for before they are needed."""
 
@@ -23,11 +25,13 @@ READ_AHEAD = 4
 @dataclass(frozen=True)
 class Batch:
     images: Tensor
-    """uint8 in [0, 255], shape (b, 3, H, W), channels-last in memory; the model normalises."""
+    """uint8 in [0, 255], shape (b, 3, H, W), channels-last in memory; the model recolours and normalises."""
     identities: Tensor
     """Labels, int64, shape (b,), on the images' device."""
     samples: Tensor
     """Sample ids, int64, shape (b,), on the CPU."""
+    colour: Tensor | None = None
+    """`augment.colour_matrices`, float32, shape (b, 3, 4), on the images' device; None leaves colours as they are."""
 
 
 @dataclass(kw_only=True, frozen=True)
@@ -35,13 +39,21 @@ class LoaderConfig:
     image_size: int = 112
     """Width and height of the network's input, in pixels."""
     decode_threads: int = 0
-    """DALI's CPU threads for each rank; 0 shares the CPU cores among the ranks of this machine."""
+    """CPU threads that decode for each rank; 0 shares the CPU cores among the ranks of this machine."""
+    decoder: _DECODERS = "auto"
+    """dali: on the device. libjpeg: libjpeg-turbo on CPU cores, the same pictures. auto: dali on a GPU, libjpeg without one."""
+    hardware_load: float = HARDWARE_LOAD
+    """On a GPU: share of the JPEGs that its hardware decoder takes, in [0, 1], where it has one."""
 
     def __post_init__(self) -> None:
         if not 16 <= self.image_size <= 1024:
             raise ValueError(f"data.image_size is {self.image_size}; allowed is 16 to 1024 pixels")
         if self.decode_threads < 0:
             raise ValueError(f"data.decode_threads is {self.decode_threads}; allowed is 0 (automatic) or more")
+        if self.decoder not in get_args(_DECODERS):
+            raise ValueError(f"data.decoder is {self.decoder!r}; allowed are {', '.join(get_args(_DECODERS))}")
+        if not 0 <= self.hardware_load <= 1:
+            raise ValueError(f"data.hardware_load is {self.hardware_load}; allowed is 0 to 1")
 
     @property
     def threads(self) -> int:
@@ -75,6 +87,7 @@ class Loader:
     def __post_init__(self) -> None:
         self._reader = TarReader(self.split)
         self._fed: deque[Draws] = deque()
+        self._colours: deque[np.ndarray] = deque()
         self._again: deque[Draws] = deque()
         self._coming: deque[Draws] = deque()
         self._told = 0
@@ -92,8 +105,12 @@ class Loader:
                 self._replace_undecodable(error)
         draws = self._fed.popleft()
         identities = self.split.samples["identity"][draws.samples].astype(np.int64)
+        colour = torch.from_numpy(self._colours.popleft()) if self.augmentation is not None else None
         return Batch(
-            images, torch.from_numpy(identities).to(images.device, non_blocking=True), torch.from_numpy(draws.samples)
+            images,
+            torch.from_numpy(identities).to(images.device, non_blocking=True),
+            torch.from_numpy(draws.samples),
+            None if colour is None else colour.to(images.device, non_blocking=True),
         )
 
     def new_undecodable(self) -> list[str]:
@@ -102,8 +119,21 @@ class Loader:
         new, self._told = keys[self._told :], len(keys)
         return new
 
-    def _make_decoder(self) -> Decoder:
-        return Decoder(self._feed, self.batch_size, self.config.image_size, self.device, self.config.threads)
+    def _make_decoder(self) -> Decoder | CpuDecoder:
+        config, gpu = self.config, torch.device(self.device).type == "cuda"
+        if config.decoder == "libjpeg" or (config.decoder == "auto" and not gpu):
+            return CpuDecoder(self._feed, config.image_size, self.device, config.threads)
+        columns = (self.split.samples[name] for name in ("width", "height") if gpu)
+        width, height = (int(column.max()) for column in columns) if gpu else (0, 0)
+        return Decoder(
+            self._feed,
+            self.batch_size,
+            config.image_size,
+            self.device,
+            config.threads,
+            hardware_load=config.hardware_load,
+            largest=(width, height),
+        )
 
     def _next_draws(self) -> Draws:
         """The next draws, after asking the kernel for the bytes of those `READ_AHEAD` batches further on."""
@@ -123,19 +153,21 @@ class Loader:
             parameters = central_square(width, height)
         else:
             parameters = augment(self.augmentation[0], self.augmentation[1], draws, width, height)
+            self._colours.append(colour_matrices(parameters))
         return self._reader.read(draws.samples), parameters
 
     def _replace_undecodable(self, error: DecodeError) -> None:
         """Finds the pictures that killed the pipeline and builds it anew at the same position without them."""
         found = 0
         for sample in np.unique(np.concatenate([draws.samples for draws in self._fed])).tolist():
-            if not decodes(self._reader.read(np.array([sample]))[0]):
+            if not self._decoder.decodes(self._reader.read(np.array([sample]))[0]):
                 self.undecodable[sample] = self.split.key(sample)
                 found += 1
         if not found:
             raise error
         self._again = deque(self._with_replacements(draws) for draws in (*self._fed, *self._again))
         self._fed.clear()
+        self._colours.clear()
         self._decoder = self._make_decoder()
 
     def _with_replacements(self, draws: Draws) -> Draws:

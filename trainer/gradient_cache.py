@@ -24,21 +24,26 @@ class GradientCache:
 
     def __init__(self, engine: Engine, part: int | None) -> None:
         self._engine, self._part = engine, part
-        self._images: tuple[Tensor, ...] = ()
+        self._parts: list[tuple[Tensor, ...]] = []
         self._states: list[_RandomState] = []
         self._embeddings: Tensor | None = None
 
-    def forward(self, images: Tensor) -> Tensor:
-        """Embeddings (b, d) of this rank's images, whose gradient `backward` carries on to the weights."""
+    def forward(self, images: Tensor, colour: Tensor | None = None) -> Tensor:
+        """Embeddings (b, d) of this rank's images, whose gradient `backward` carries on to the weights.
+
+        Args:
+            images, colour: what the network takes; see `Embedder.forward`.
+        """
+        inputs = (images,) if colour is None else (images, colour)
         if self._part is None or self._part >= len(images):
             self._embeddings = None
-            embeddings: Tensor = self._engine.model(images)
+            embeddings: Tensor = self._engine.model(*inputs)
             return embeddings
-        self._images, self._states, parts = images.split(self._part), [], []
+        self._parts, self._states, parts = list(zip(*(rows.split(self._part) for rows in inputs), strict=True)), [], []
         with torch.no_grad():
-            for part in self._images:
+            for part in self._parts:
                 self._states.append(_RandomState(images.device))
-                parts.append(self._engine.model(part))
+                parts.append(self._engine.model(*part))
         self._embeddings = torch.cat(parts).requires_grad_()
         return self._embeddings
 
@@ -50,13 +55,13 @@ class GradientCache:
             return
         loss.backward()
         assert self._embeddings.grad is not None
-        cached = self._embeddings.grad.split([len(part) for part in self._images])
+        cached = self._embeddings.grad.split(self._part)
         with statistics_frozen(self._engine.model):
-            for number, (part, gradient) in enumerate(zip(self._images, cached, strict=True), start=1):
+            for number, (part, gradient) in enumerate(zip(self._parts, cached, strict=True), start=1):
                 self._states[number - 1].restore()
-                with self._engine.part(last=number == len(self._images)):
-                    self._engine.backward((self._engine.model(part) * gradient).sum())
-        self._embeddings, self._images = None, ()
+                with self._engine.part(last=number == len(self._parts)):
+                    self._engine.backward((self._engine.model(*part) * gradient).sum())
+        self._embeddings, self._parts = None, []
 
 
 class _RandomState:

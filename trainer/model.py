@@ -18,8 +18,9 @@ _STD = (0.229, 0.224, 0.225)
 class Embedder(nn.Module):
     """Pictures to points on the unit sphere.
 
-    The first operation normalises, on the device, so that batches travel as uint8. With `bf16` the layers run under autocast
-    here, and not in a wrapper, so that DDP, DeepSpeed and evaluation compute alike; parameters and embeddings stay float32.
+    The first operation recolours and normalises, on the device, so that batches travel as uint8. With `bf16` the layers run
+    under autocast here, and not in a wrapper, so that DDP, DeepSpeed and evaluation compute alike; parameters and embeddings
+    stay float32.
 
     Raises:
         ValueError: the weights' file is missing, is no state dict, or belongs to another architecture.
@@ -44,12 +45,40 @@ class Embedder(nn.Module):
         self.register_buffer("mean", torch.tensor(_MEAN).view(3, 1, 1), persistent=False)
         self.register_buffer("std", torch.tensor(_STD).view(3, 1, 1), persistent=False)
 
-    def forward(self, images: Tensor) -> Tensor:
-        """uint8 in [0, 255], shape (b, 3, H, W) -> unit-norm embeddings, float32 or wider, shape (b, d)."""
-        pixels = (images.to(self.mean.dtype) / 255 - self.mean) / self.std  # (b, 3, H, W)
+    def forward(self, images: Tensor, colour: Tensor | None = None) -> Tensor:
+        """Unit-norm embeddings, float32 or wider, shape (b, d).
+
+        Args:
+            images: uint8 in [0, 255], shape (b, 3, H, W).
+            colour: see `data_shards.augment.colour_matrices`, shape (b, 3, 4); None leaves colours as they are.
+        """
+        with torch.autocast(images.device.type, enabled=False):
+            pixels = normalised(images, self.mean, self.std, colour)  # (b, 3, H, W)
         with torch.autocast(images.device.type, torch.bfloat16, enabled=self.bf16):
             embeddings = self.head_norm(self.head(self.trunk(pixels)))  # (b, d)
         return normalize(embeddings.to(self.mean.dtype))
+
+
+def normalised(images: Tensor, mean: Tensor, std: Tensor, colour: Tensor | None = None) -> Tensor:
+    """Recoloured, cut to [0, 255], scaled to [0, 1] and normalised, as one product and one cut.
+
+    Args:
+        images, colour: see `Embedder.forward`.
+        mean, std: of each channel, of values in [0, 1], shape (3, 1, 1).
+    Returns:
+        In the type of `mean`, shape (b, 3, H, W), channels-last in memory.
+    """
+    scale, shift = 1 / (255 * std.view(3)), -(mean / std).view(3)
+    if colour is None:
+        matrix, offset = scale.diag().expand(len(images), 3, 3), shift.expand(len(images), 3)
+    else:
+        colour = colour.to(mean.dtype)
+        matrix, offset = colour[:, :, :3] * scale[:, None], colour[:, :, 3] * scale + shift  # (b, 3, 3), (b, 3)
+    flat = images.contiguous().flatten(2).to(mean.dtype)  # (b, 3, H*W)
+    pixels = torch.baddbmm(offset[:, :, None], matrix, flat).view(images.shape)
+    if colour is not None:
+        pixels = pixels.clamp(-mean / std, (1 - mean) / std)
+    return pixels.contiguous(memory_format=torch.channels_last)
 
 
 def _load_trunk(trunk: nn.Module, config: ModelConfig) -> None:

@@ -64,7 +64,7 @@ class TrainStep:
         shared = self._config.loss.candidates == "all_ranks"
         torch.manual_seed(int(random_bits(self._config.run.seed, _NETWORK, step, rank())[0] >> 1))
         self._statistics.keep()
-        embeddings = self._cache.forward(batch.images)  # (b, d) unit norm
+        embeddings = self._cache.forward(batch.images, batch.colour)  # (b, d) unit norm
         gathered = gather_labelled(embeddings, batch.identities) if shared else (embeddings, batch.identities)
         pool = make_pool(embeddings, batch.identities, gathered, self._remembered(step))
         loss = self.objective(pool, self._images_of_one(pool), self._draws(pool, step))

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from data_shards.augment import Augmentation, AugmentConfig, augment, central_square
+from data_shards.augment import Augmentation, AugmentConfig, augment, central_square, colour_matrices
 from data_shards.plan import Draws
 
 MANY = 40_000
@@ -199,3 +199,37 @@ def test_the_ends_of_the_allowed_ranges_are_allowed():
     AugmentConfig(
         mirror=0, greyscale=1, brightness=0, contrast=0.99, saturation=0, crop_area=(1, 1), crop_aspect=(1, 1)
     )
+
+
+@pytest.mark.parametrize(
+    ("factors", "expected"),
+    [
+        ({}, (200, 100, 40)),
+        ({"brightness": 0.5}, (100, 50, 20)),
+        ({"brightness": 1.2}, (240, 120, 48)),
+        ({"brightness": 1.5}, (255, 150, 60)),  # 300 is cut
+        ({"contrast": 0.5}, (164, 114, 84)),  # half the distance from 128
+        ({"contrast": 1.5}, (236, 86, 0)),
+        ({"saturation": 0}, (123.06, 123.06, 123.06)),  # 0.299 * 200 + 0.587 * 100 + 0.114 * 40 = 123.06
+        ({"saturation": 0.5}, (162, 112, 82)),  # half the distance from 123.06
+        ({"saturation": 1.5}, (238, 88, 0)),
+        # saturation: 161.5, 111.5, 81.5; then contrast: 154.8, 114.8, 90.8; then brightness
+        ({"brightness": 1.2, "contrast": 0.8, "saturation": 0.5}, (186, 138, 109)),
+    ],
+)
+def test_colour_factors_by_hand(factors, expected):
+    one = np.ones(1, np.float32)
+    given = {"brightness": one, "contrast": one, "saturation": one} | {
+        name: one * value for name, value in factors.items()
+    }
+    matrix = colour_matrices(Augmentation(one, one, one.astype(np.int32), **given))
+    assert (matrix.shape, matrix.dtype) == ((1, 3, 4), np.float32)
+    found = (matrix[0] @ np.array([200, 100, 40, 1], np.float32)).clip(0, 255)
+    assert found == pytest.approx(expected, abs=0.6)
+
+
+def test_each_picture_of_a_batch_gets_its_own_colours():
+    whole = drawn(number=6)
+    matrices = colour_matrices(whole)
+    for number in range(6):
+        assert np.array_equal(colour_matrices(picked(whole, [number])), matrices[[number]])

@@ -7,7 +7,7 @@ import pytest
 import torch
 from conftest import encode
 
-from data_shards.augment import AugmentConfig, augment
+from data_shards.augment import AugmentConfig, augment, colour_matrices
 from data_shards.decode import DecodeError
 from data_shards.loader import Loader, LoaderConfig, evaluation_loader, training_loader
 from data_shards.plan import Draws, Plan, PlanConfig, per_rank
@@ -199,6 +199,24 @@ def test_each_picture_gets_the_crop_and_mirror_drawn_for_it(noisy):
     assert 10 < mirrored < 38  # of 48
 
 
+@pytest.mark.parametrize("decoder", ["dali", "libjpeg"])
+def test_colours_come_with_the_pictures_that_they_were_drawn_for(coloured, decoder):
+    """Also where a damaged picture makes batches be decoded again; pictures themselves keep their colours."""
+    damage(coloured, 9)
+    config, plan, colours = LoaderConfig(image_size=16, decode_threads=1, decoder=decoder), plan_of(coloured), 0
+    for step, batch in enumerate(training_loader(coloured, plan, config, AugmentConfig(), stop=9)):
+        draws = plan.global_batch(step)._replace(samples=batch.samples.numpy())
+        size = len(draws.samples)
+        given = augment(AugmentConfig(), plan.seed, draws, np.full(size, 24), np.full(size, 20))
+        assert torch.equal(batch.colour, torch.from_numpy(colour_matrices(given)))
+        places = zip(LABELS[draws.samples], numbers_of(draws.samples), strict=True)
+        wanted = np.stack([coded(*place)[0, 0] for place in places])
+        assert np.abs(batch.images.float().mean((2, 3)).numpy() - wanted).max() < 3
+        colours += len(batch.colour.unique(dim=0))
+    assert colours > 9 * 11  # what stands in for a damaged picture may be there itself
+    assert next(evaluation_loader(coloured, CONFIG, batch_size=4)).colour is None
+
+
 def test_the_same_picture_looks_different_in_the_next_epoch_and_at_its_next_visit(noisy):
     plan = plan_of(noisy)
     draws = plan.batches(0, 0, 1, 2 * plan.steps_per_epoch)
@@ -316,6 +334,9 @@ class FakeDecoder:
             raise DecodeError("damaged")
         return torch.zeros(len(batch), 3, 16, 16, dtype=torch.uint8)
 
+    def decodes(self, encoded):
+        return bool(encoded.any())
+
 
 @pytest.mark.parametrize("ahead", [1, 2, 3])
 def test_batches_that_wait_to_be_decoded_again_survive_a_second_failure(coloured, ahead, monkeypatch):
@@ -324,7 +345,7 @@ def test_batches_that_wait_to_be_decoded_again_survive_a_second_failure(coloured
     batches = [[9, 0], [5, 1], [18, 2], [8, 9], [3, 10], [11, 12], [4, 6], [7, 19]]
     draws = (Draws(0, np.array(batch), np.zeros(2, np.int64)) for batch in batches)
     depths = iter([3, ahead, ahead])
-    monkeypatch.setattr("data_shards.loader.Decoder", lambda feed, *_: FakeDecoder(feed, next(depths)))
+    monkeypatch.setattr("data_shards.loader.CpuDecoder", lambda feed, *_: FakeDecoder(feed, next(depths)))
     loader = Loader(coloured, draws, 2, CONFIG)
     taken = [next(loader).samples.tolist() for _ in batches[:5]]
     assert taken == [[11, 0], [5, 1], [18, 2], [8, 11], [3, 11]]
@@ -340,7 +361,7 @@ def test_a_failure_without_a_damaged_picture_is_raised(coloured, monkeypatch):
             self.feed()
             raise DecodeError("out of memory")
 
-    monkeypatch.setattr("data_shards.loader.Decoder", lambda feed, *_: Failing(feed, 1))
+    monkeypatch.setattr("data_shards.loader.CpuDecoder", lambda feed, *_: Failing(feed, 1))
     loader = training_loader(coloured, plan_of(coloured), CONFIG, PLACE_ONLY)
     with pytest.raises(DecodeError, match="out of memory"):
         next(loader)

@@ -53,6 +53,23 @@ class Spy(nn.Module):
         return pixels.mean((2, 3)).repeat(1, 171)[:, :512]
 
 
+def test_colours_change_before_normalisation_by_hand():
+    """(0, 128, 255): one picture as it is; one with red and blue swapped, doubled, and cut; one with 51 added."""
+    model = Embedder(ModelConfig(trunk="resnet18", embedding_size=4)).double().eval()
+    model.trunk = spy = Spy()
+    pictures = torch.tensor([0, 128, 255], dtype=torch.uint8).view(1, 3, 1, 1).expand(3, 3, 2, 5)
+    colour = torch.zeros(3, 3, 4)
+    colour[0, :, :3] = torch.eye(3)
+    colour[1, :, :3] = 2 * torch.eye(3).flip(0)
+    colour[2, :, :3], colour[2, :, 3] = torch.eye(3), 51
+    model(pictures, colour)
+    wanted = torch.tensor([[0, 128 / 255, 1], [1, 1, 0], [0.2, 179 / 255, 1]], dtype=torch.float64)
+    mean, std = torch.tensor([0.485, 0.456, 0.406]).double(), torch.tensor([0.229, 0.224, 0.225]).double()
+    assert spy.pixels.is_contiguous(memory_format=torch.channels_last)
+    for found in spy.pixels.unbind(3):
+        assert torch.allclose(found[:, :, 0], (wanted - mean) / std, atol=1e-6)
+
+
 def spied(dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
     """What the trunk and the caller get of a picture of the constant colour (0, 128, 255)."""
     model = Embedder(ModelConfig(trunk="resnet18", embedding_size=4)).to(dtype).eval()
