@@ -1,6 +1,7 @@
 # make demo    sets everything up and runs the main job on synthetic identities, in under 10 minutes on 2 CPU cores
 # make test    sets everything up and runs the tests
 # make lint    ruff and mypy
+# make bench   runs all benchmarks in a small size and writes their table, in under 15 minutes on 2 CPU cores
 # make gpu-check  on a machine with a GPU: the GPU tests and the demo there, and what ran how fast
 
 PYTHON ?= $(shell command -v python3.11 || command -v python3)
@@ -8,7 +9,7 @@ BIN := .venv/bin
 STAMP := .venv/.installed
 PROCESSES ?= 2
 
-.PHONY: setup demo test lint gpu-check clean
+.PHONY: setup demo test lint bench bench-check gpu-check clean
 .DEFAULT_GOAL := setup
 
 setup: $(STAMP)
@@ -36,6 +37,14 @@ lint: $(STAMP)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+
+bench: $(STAMP)
+	$(BIN)/pip install --quiet --disable-pip-version-check --requirement benchmarks/requirements.txt
+	$(BIN)/python benchmarks/bench.py
+
+bench-check: $(STAMP)
+	$(BIN)/python benchmarks/bench.py --quick --no-table --out build/bench
+	$(BIN)/python benchmarks/check.py build/bench/bench.json --tolerance 0.5
 
 gpu-check: $(STAMP)
 	$(BIN)/python benchmarks/gpu_check.py

@@ -14,6 +14,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -33,7 +34,7 @@ PACKAGES = (
     "opencv-python-headless",
 )
 SECONDS = 1.0
-"""What a turn should take."""
+"""What a turn should take; 8 batches at least."""
 RATIOS = {
     "facescale / best DataLoader": ("facescale", "best DataLoader"),
     "facescale / DALI's own reader": ("facescale", "dali_webdataset"),
@@ -59,11 +60,15 @@ class Contender:
         ]
         self._process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
         self.work, self.shape = work, self._answer()["shape"]
-        self._count = 4
-        self._count = max(2, round(self._count * SECONDS / self.turn(0)["seconds"]))
+        self._count = 8
+        self._count = max(8, round(self._count * SECONDS / self.turn()["seconds"]))
 
-    def turn(self, warm: int = 6) -> dict[str, Any]:
-        """Seconds, CPU seconds, both of `images` images, and RSS."""
+    def turn(self, warm: int = 8) -> dict[str, Any]:
+        """Seconds, CPU seconds, both of `images` images, and memory.
+
+        Args:
+            warm: batches taken before, more than any of the loaders holds ready.
+        """
         assert self._process.stdin
         self._process.stdin.write(f"{warm} {self._count}\n")
         self._process.stdin.flush()
@@ -110,7 +115,7 @@ def serve(name: str, work: Work) -> None:
         print(json.dumps(found), flush=True)
 
 
-def make_pictures(folder: Path, sizes: list[str], identities: int = 40, images: int = 20) -> None:
+def make_pictures(folder: Path, sizes: list[str], identities: int = 32, images: int = 15) -> None:
     """The same drawn faces as JPEGs (quality 90, with a sensor's noise) of each size, in folders and in shards."""
     import numpy as np
     from PIL import Image
@@ -174,7 +179,7 @@ def compare(folder: Path, size: int, rounds: int, names: list[str], cold: bool) 
         for name in order[number % len(order) :] + order[: number % len(order)]:
             if cold:
                 forget(folder)
-            turns[name].append(contenders[name].turn(0 if cold else 6))
+            turns[name].append(contenders[name].turn(0 if cold else 8))
     found: dict[str, Any] = {name: told(turns[name], contenders[name].work.workers) for name in contenders}
     for contender in contenders.values():
         contender.close()
@@ -197,10 +202,67 @@ def check_alike(contenders: dict[str, Contender], size: int) -> None:
             continue
         channels_last = contender.shape[-1] == 3
         assert contender.shape == ([BATCH, size, size, 3] if channels_last else [BATCH, 3, size, size]), name
-        turn = contender.turn(0)
+        turn = contender.turn()
         if "uint8" not in name:
             assert -2.2 < turn["low"] < -1, (name, turn)
             assert 1 < turn["high"] < 2.7, (name, turn)
+
+
+def parts(work: Work, batches: int = 60) -> dict[str, float]:
+    """CPU microseconds an image of our loader's parts, and their share of all of its CPU time in percent."""
+    from benchmarks.loader_peers import facescale_loader
+
+    loader = facescale_loader(work)
+    spent = {"plan": 0.0, "bytes": 0.0, "feed": 0.0}
+    reader, draws = loader._reader, loader.draws
+
+    def timed(name: str, function: Any) -> Any:
+        def run(*args: Any) -> Any:
+            begun = time.thread_time()
+            try:
+                return function(*args)
+            finally:
+                spent[name] += time.thread_time() - begun
+
+        return run
+
+    reader.read, reader.read_ahead = timed("bytes", reader.read), timed("bytes", reader.read_ahead)
+    loader.draws = iter(timed("plan", draws.__next__), None)
+    loader._decoder._source = timed("feed", loader._decoder._source)
+    for _ in range(8):
+        next(loader)
+    before, begun = dict(spent), time.process_time()
+    for _ in range(batches):
+        next(loader)
+    whole = time.process_time() - begun
+    seconds = {name: value - before[name] for name, value in spent.items()}
+    seconds["augmentation"] = seconds.pop("feed") - seconds["plan"] - seconds["bytes"]
+    seconds["decode, crop, resize, mirror"] = whole - sum(seconds.values())
+    us = {f"{name}, us": round(1e6 * value / batches / BATCH, 2) for name, value in seconds.items()}
+    return us | {f"{name}, %": round(100 * value / whole, 2) for name, value in seconds.items()}
+
+
+def sweep(work: Work, rounds: int) -> dict[str, Any]:
+    """Images/s by the number of decoding threads and of batches read ahead, in turns."""
+    from benchmarks.loader_peers import facescale_loader
+
+    def pace(loader: Any) -> float:
+        for _ in range(6):
+            next(loader)
+        begun = time.perf_counter()
+        for _ in range(20):
+            next(loader)
+        return 20 * BATCH / (time.perf_counter() - begun)
+
+    def variants(name: str, values: Sequence[int]) -> dict[str, Any]:
+        return {f"{name} {value}": facescale_loader(work, **{name: value}) for value in values}
+
+    loaders = variants("threads", (1, 2, 3, 4)) | variants("ahead", (2, 3, 4, 6))
+    paces: dict[str, list[float]] = {name: [] for name in loaders}
+    for _ in range(rounds):
+        for name, loader in loaders.items():
+            paces[name].append(pace(loader))
+    return {name: spread(values, 0) for name, values in paces.items()}
 
 
 def rate(turn: dict[str, Any]) -> float:
@@ -240,11 +302,13 @@ def main() -> int:
             for size in args.sizes:
                 name = f"{pictures} -> {size}"
                 found = compare(folder / pictures, size, args.rounds, args.only, args.cold)
+                ours = Work(folder / pictures / "pictures", folder / pictures / "shards", size, 0)
+                found |= {"parts": parts(ours), "sweep": sweep(ours, args.rounds)}
                 results["sets"][name] = found
                 print(name, json.dumps(found["ratios"], indent=1), flush=True)
                 for contender, figures in found["contenders"].items():
                     print(f"  {contender:24s} {figures}", flush=True)
-                print(found["left_out"], flush=True)
+                print(found["left_out"], found["parts"], found["sweep"], flush=True)
                 args.out.write_text(json.dumps(results, indent=1) + "\n")
     return 0
 

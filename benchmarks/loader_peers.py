@@ -48,7 +48,8 @@ def normalised(images: Tensor) -> Tensor:
     return (images.float() / 255 - mean) / std
 
 
-def _loader(work: Work, draws: int = 10**9) -> Any:
+def facescale_loader(work: Work, threads: int = 0, ahead: int = 0) -> Any:
+    """Ours, for ever; 0 leaves the settings' defaults."""
     from data_shards.augment import AugmentConfig
     from data_shards.index import ShardSet
     from data_shards.loader import LoaderConfig, training_loader
@@ -56,16 +57,19 @@ def _loader(work: Work, draws: int = 10**9) -> Any:
 
     split = ShardSet.open(work.shards).split("train")
     plan = Plan(split.starts, PlanConfig(identities_per_batch=P, images_per_identity=K), seed=1)
-    return training_loader(split, plan, LoaderConfig(image_size=work.size), AugmentConfig(), stop=draws)
+    loader = training_loader(split, plan, LoaderConfig(image_size=work.size, decode_threads=threads), AugmentConfig())
+    if ahead:
+        loader._decoder.ahead = ahead
+    return loader
 
 
 def facescale(work: Work) -> Batches:
-    return (normalised(batch.images) for batch in _loader(work))
+    return (normalised(batch.images) for batch in facescale_loader(work))
 
 
 def facescale_uint8(work: Work) -> Batches:
     """As training takes it: normalisation is the model's."""
-    return (batch.images for batch in _loader(work))
+    return (batch.images for batch in facescale_loader(work))
 
 
 def _encoded(work: Work) -> list[np.ndarray]:
@@ -289,11 +293,12 @@ def map_style(work: Work) -> Batches:
 
 
 def spdl(work: Work) -> Batches:
-    """SPDL: a pipeline of threads; FFmpeg decodes and resizes whole pictures to the output's size (it has no random crop)."""
+    """SPDL (wants FFmpeg's libraries): a pipeline of threads; FFmpeg decodes and resizes whole pictures, no random crop."""
     import spdl.io
     from spdl.pipeline import PipelineBuilder
 
-    filter_desc = spdl.io.get_video_filter_desc(scale_width=work.size, scale_height=work.size, pix_fmt="rgb24")
+    options = {"scale_algo": "bilinear", "scale_mode": None, "pix_fmt": "rgb24"}
+    filter_desc = spdl.io.get_video_filter_desc(scale_width=work.size, scale_height=work.size, **options)
 
     def batch(part: list[bytes]) -> Tensor:
         frames = [spdl.io.decode_packets(spdl.io.demux_image(encoded), filter_desc=filter_desc) for encoded in part]
@@ -301,7 +306,8 @@ def spdl(work: Work) -> Batches:
 
     source = _parts([encoded.tobytes() for encoded in _encoded(work)])
     builder = PipelineBuilder().add_source(source).pipe(batch, concurrency=max(1, work.workers)).add_sink(4)
-    with builder.build(num_threads=max(1, work.workers)).auto_stop() as pipeline:
+    pipeline = builder.build(num_threads=max(1, work.workers))
+    with pipeline.auto_stop():
         for images in pipeline:
             yield normalised(images.permute(0, 3, 1, 2))
 

@@ -111,12 +111,13 @@ _scratch = _Scratch()
 
 def _fill(out: Tensor, encoded: Encoded, places: list[tuple[list[float], list[float], int]]) -> None:
     """Decodes some pictures into out, shape (n, size, size, 3); a place is anchor, shape and mirror."""
-    size = out.shape[1]
-    for picture, slot, (anchor, shape, mirror) in zip(encoded, out.permute(0, 3, 1, 2).split(1), places, strict=True):
-        rows = torch.from_numpy(crop(picture, anchor, shape, size)).permute(2, 0, 1)[None]  # (1, 3, height, width)
+    size, views = out.shape[1], out.numpy()
+    slots = out.permute(0, 3, 1, 2).split(1)  # (1, 3, size, size) each
+    for picture, slot, view, (anchor, shape, mirror) in zip(encoded, slots, views, places, strict=True):
+        # turned by NumPy: each operation of PyTorch's gives the interpreter's lock away
+        rows = torch.from_numpy(crop(picture, anchor, shape, size).transpose(2, 0, 1)[None])  # (1, 3, height, width)
         torch.ops.aten._upsample_bilinear2d_aa.out(rows, [size, size], False, None, None, out=slot)
         if mirror:
-            view = slot[0].permute(1, 2, 0).numpy()
             cv2.flip(view, 1, dst=view)
 
 
