@@ -99,7 +99,8 @@ JOBS: dict[str, tuple[str, Callable[[dict[str, Any]], Ratios]]] = {
 }
 QUICK = {
     "mining": "mining.py --rounds 3 --sizes 4096x128",
-    "loader": "loader.py --pictures 224x224 --sizes 112 --rounds 3 --only facescale_uint8 floor dali_decode dali_webdataset_uint8",
+    "loader": "loader.py --pictures 224x224 --sizes 112 --rounds 3 "
+    "--only facescale_uint8 floor dali_decode dali_webdataset_uint8",
 }
 
 

@@ -33,8 +33,8 @@ def inspect_image(data: bytes, extension: str, max_pixels: int = MAX_PIXELS) -> 
     """Decodes a picture completely; returns its width and height as displayed, that is after EXIF orientation.
 
     Taken is what DALI's decoder takes: any colour mode, CMYK and 16-bit grey PNG or PGM too, the first frame of an
-    animation. Refused is what Pillow takes but DALI does not: a PNG cut inside its last chunk, a 16-bit BMP; and a PGM
-    that DALI would not scale to the full range.
+    animation. Refused is what Pillow takes but DALI does not: a PNG cut inside its last chunk, a 16-bit BMP, a WebP with
+    EXIF behind a chunk of odd length; and a PGM that DALI would not scale to the full range.
 
     Args:
         data: the encoded picture.
@@ -122,6 +122,20 @@ def _refuse_what_stops_dali(data: bytes, extension: str) -> None:
             raise Refused("is a BMP of 16 bits per pixel, which DALI does not decode")
     if extension == "pgm" and (header_match := _PGM_HEADER.match(data)) and int(header_match[1]) not in (255, 65_535):
         raise Refused(f"is a PGM with maximum {int(header_match[1])}: allowed are 255 and 65535")
+    if extension == "webp" and _exif_behind_odd_chunk(data):
+        raise Refused("is a WebP with EXIF behind a chunk of odd length, which DALI does not decode")
+
+
+def _exif_behind_odd_chunk(data: bytes) -> bool:
+    """Chunks of odd length are padded by a byte (RIFF), which DALI does not skip on its way to the orientation."""
+    at, odd = 12, False
+    while at + 8 <= len(data):
+        name, size = data[at : at + 4], int.from_bytes(data[at + 4 : at + 8], "little")
+        if name == b"EXIF":
+            return odd
+        odd = odd or size % 2 == 1
+        at += 8 + size + size % 2
+    return False
 
 
 def _orientation(image: Image.Image) -> int:

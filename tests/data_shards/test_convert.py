@@ -627,6 +627,25 @@ def test_what_stops_dali_is_refused(extension, data, reason):
     assert dali_decode([data]) == [None]
 
 
+@pytest.mark.parametrize("orientation", [1, 6])
+def test_dali_reads_a_webp_with_exif_unless_it_lies_behind_a_chunk_of_odd_length(orientation):
+    verdicts = set()
+    for width in range(8, 30):
+        pixels = np.random.default_rng(width).integers(0, 255, (9, width, 3)).astype(np.uint8)
+        exif, buffer = Image.Exif(), io.BytesIO()
+        exif[0x0112] = orientation
+        Image.fromarray(pixels).save(buffer, "WEBP", lossless=True, exif=exif)
+        try:
+            inspect_image(buffer.getvalue(), "webp")
+            taken = True
+        except ValueError as reason:
+            assert "WebP with EXIF behind a chunk of odd length" in str(reason)
+            taken = False
+        assert (dali_decode([buffer.getvalue()]) != [None]) == taken
+        verdicts.add(taken)
+    assert verdicts == {True, False}
+
+
 def test_a_pgm_that_dali_would_leave_dark_is_refused():
     with pytest.raises(ValueError, match="PGM with maximum 100"):
         inspect_image(b"P5\n# a comment\n3 2\n100\n" + bytes(6), "pgm")
