@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import NoReturn
 
 from trainer.cli_evaluate import add_embed, add_evaluate
+from trainer.cli_plan import add_plan
 from trainer.cli_report import add_report
 from trainer.cli_shards import add_shard, add_shards, add_verify
 
@@ -109,7 +110,7 @@ def _add_train(commands: argparse._SubParsersAction) -> None:
 
 
 def _add_evaluation(commands: argparse._SubParsersAction) -> None:
-    for add in (add_embed, add_evaluate, add_report):
+    for add in (add_embed, add_evaluate, add_report, add_plan):
         add(partial(_command, commands))
 
 

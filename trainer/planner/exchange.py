@@ -1,7 +1,7 @@
 """Collectives of a step by the usual cost model, bytes over bandwidth plus hops times latency, within machines and between them.
 
 Source: Thakur et al. 2005, "Optimization of Collective Communication Operations in MPICH" (ring); NCCL's double binary trees
-between machines, so latency grows with log2 (Jeaugey 2019, developer.nvidia.com/blog/massively-scale-deep-learning-training-nccl-2-4).
+between machines, so latency grows with log2 (Jeaugey 2019, "Massively Scale Your Deep Learning Training with NCCL 2.4").
 """
 
 from dataclasses import dataclass

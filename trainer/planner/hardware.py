@@ -82,7 +82,8 @@ GPUS: dict[str, Gpu] = {
     ),
     "h100-pcie": Gpu(
         name="H100 PCIe 80 GB", half_tflops=756, tf32_tflops=378, fp32_tflops=51.2, bandwidth_gb_s=2039, memory_gb=85.0,
-        jpeg_engines=7, peer_gb_s=_PCIE5, host_gb_s=_PCIE5, price=2.0, source="NVIDIA H100 data sheet", peer_latency_s=PCIE_LATENCY_S,
+        jpeg_engines=7, peer_gb_s=_PCIE5, host_gb_s=_PCIE5, price=2.0, source="NVIDIA H100 data sheet",
+        peer_latency_s=PCIE_LATENCY_S,
     ),
     "h200": Gpu(
         name="H200 SXM 141 GB", half_tflops=989.4, tf32_tflops=494.7, fp32_tflops=66.9, bandwidth_gb_s=4800,
@@ -94,7 +95,8 @@ GPUS: dict[str, Gpu] = {
     ),
     "l4": Gpu(
         name="L4", half_tflops=121, tf32_tflops=60, fp32_tflops=30.3, bandwidth_gb_s=300, memory_gb=24.0, jpeg_engines=4,
-        peer_gb_s=_PCIE4, host_gb_s=_PCIE4, price=0.6, source="NVIDIA L4 data sheet, halved from sparse", peer_latency_s=PCIE_LATENCY_S,
+        peer_gb_s=_PCIE4, host_gb_s=_PCIE4, price=0.6, source="NVIDIA L4 data sheet, halved from sparse",
+        peer_latency_s=PCIE_LATENCY_S,
     ),
     "l40s": Gpu(  # its JPEG engines: none counted, their number is not certain
         name="L40S", half_tflops=362, tf32_tflops=183, fp32_tflops=91.6, bandwidth_gb_s=864, memory_gb=48.3,
@@ -102,7 +104,8 @@ GPUS: dict[str, Gpu] = {
     ),
     "rtx4090": Gpu(
         name="GeForce RTX 4090", half_tflops=165.2, tf32_tflops=82.6, fp32_tflops=82.6, bandwidth_gb_s=1008,
-        memory_gb=25.7, peer_gb_s=_PCIE4, host_gb_s=_PCIE4, price=0.45, source="NVIDIA Ada white paper, appendix", peer_latency_s=PCIE_LATENCY_S,
+        memory_gb=25.7, peer_gb_s=_PCIE4, host_gb_s=_PCIE4, price=0.45, source="NVIDIA Ada white paper, appendix",
+        peer_latency_s=PCIE_LATENCY_S,
     ),
 }  # fmt: skip
 

@@ -13,9 +13,9 @@ HYBRID_SHARE = 0.5
 """Of the CPU's decoding that stays on the CPU where the GPU has no such decoder: Huffman codes (assumed)."""
 
 
-def cpu_decode_s(workload: Workload) -> float:
-    """CPU seconds of one picture through DALI's pipeline on one core."""
-    return CPU_S_PER_PIXEL * workload.pixels + CPU_S_PER_OUTPUT_PIXEL * workload.image_size**2
+def cpu_decode_s(pixels: float, image_size: int) -> float:
+    """CPU seconds of one picture of so many pixels through DALI's pipeline on one core."""
+    return CPU_S_PER_PIXEL * pixels + CPU_S_PER_OUTPUT_PIXEL * image_size**2
 
 
 def loader_s(cluster: Cluster, workload: Workload, rates: Rates, images: int, local_ranks: int) -> dict[str, float]:
@@ -27,7 +27,7 @@ def loader_s(cluster: Cluster, workload: Workload, rates: Rates, images: int, lo
     together = images * local_ranks
     storage = cluster.storage
     read = together * max(workload.picture_bytes / (1e6 * storage.mb_s), 1 / storage.reads_per_s)
-    on_cpu = rates.decode_scale * cpu_decode_s(workload)
+    on_cpu = rates.decode_scale * cpu_decode_s(workload.pixels, workload.image_size)
     decode = images * on_cpu / cluster.cores_per_gpu
     sent = 3.0 * workload.image_size**2
     if cluster.decode == "gpu":
