@@ -26,6 +26,10 @@ def add_plan(add: ADD) -> None:
     group.add_argument("--shards", type=Path, metavar="DIR", help="take images, identities and sizes from this set")
     text = "profile.json of `facescale profile`: predict from what this machine attained"
     group.add_argument("--calibrate", type=Path, metavar="FILE", help=text)
+    text = (
+        "of a GPU's pace: share of its peak arithmetic, or of its bandwidth where that gives less; not with --calibrate"
+    )
+    group.add_argument("--basis", choices=("arithmetic", "cautious"), default="arithmetic", help=text)
     group.add_argument(
         "--check", action="store_true", help="print the predictions for published figures, and their errors"
     )
@@ -123,8 +127,10 @@ def capacity_of(args: argparse.Namespace) -> "Capacity":
     found = read_shards(args.shards) if args.shards else None
     known = vars(found) if found else {}
     job = _workload(args, profile, cluster, known)
+    cautious = None
     if profile is None:
-        rates = gpu_rates(cluster.gpu, job.precision)
+        rates = gpu_rates(cluster.gpu, job.precision, args.basis)
+        cautious = gpu_rates(cluster.gpu, job.precision, "cautious")
     else:
         rates = calibrated(profile, cluster.gpu, cluster.gpus_per_node)
         if job.precision != profile.workload.precision:
@@ -132,7 +138,7 @@ def capacity_of(args: argparse.Namespace) -> "Capacity":
                 f"--precision is {job.precision}; --calibrate was measured in {profile.workload.precision}: allowed is that"
             )
     dataset = found.dataset(job) if found else estimate(job, round(1e6 * args.target_shard_mb))
-    return plan(cluster, job, rates, dataset)
+    return plan(cluster, job, rates, dataset, cautious)
 
 
 def _cluster(args: argparse.Namespace, profile: "Profile | None") -> "Cluster":

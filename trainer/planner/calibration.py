@@ -185,7 +185,6 @@ def calibrated(profile: Profile, gpu: Gpu, ranks: int | None = None) -> Rates:
         network = max(network + phases["wait"] - loader, LEAST_SHARE * network)
     bandwidth = optimizer_s(cost, 1.0) / phases["optimizer"] if phases["optimizer"] > 0 else math.inf
     arithmetic = max(network - weights_s(cost, bandwidth), LEAST_SHARE * network)
-    bandwidth = max(bandwidth, 3 * cost.traffic_bytes * images / arithmetic)
     way = paths(cluster, profile.ranks)
     dimensions = profile.workload.embedding_size
     gather = 2 * all_gather_s(way, images * profile.ranks * (dimensions + 2) * 4) if profile.ranks > 1 else 0.0
@@ -194,6 +193,7 @@ def calibrated(profile: Profile, gpu: Gpu, ranks: int | None = None) -> Rates:
     return Rates(
         flops_per_s=share * cost.flops * images / arithmetic,
         bytes_per_s=share * bandwidth,
+        traffic_bytes_per_s=share * 3 * cost.traffic_bytes * images / arithmetic,
         launch_s=launch,
         mining_s=CPU_MINING_S * 2 / cluster.cores_per_gpu / share if profile.on_cpu else mining_s(gpu),
         mining_floor_s=max(0.0, phases["gather_mining_loss"] - gather),
@@ -210,9 +210,9 @@ def calibrated(profile: Profile, gpu: Gpu, ranks: int | None = None) -> Rates:
 
 
 def _unexplained_bytes(profile: Profile, cluster: Cluster, cost: NetworkCost) -> float:
-    """Of the measured peak: on a CPU the process with its libraries; on a GPU what `memory` forgets (its context is not measured)."""
+    """Of the measured peak: on a CPU the process with its libraries; on a GPU what `memory` forgets."""
     counted = sum(memory_bytes(cluster, profile.workload, cost, profile.images_per_rank, profile.ranks).values())
-    return max(0.0, profile.peak_memory_bytes - counted + (0 if profile.on_cpu else CONTEXT_BYTES))
+    return max(0.0, profile.peak_memory_bytes - counted + CONTEXT_BYTES * (not profile.on_cpu))
 
 
 def _cost(workload: Workload) -> NetworkCost:

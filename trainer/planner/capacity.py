@@ -39,6 +39,8 @@ class Capacity:
     cost: NetworkCost
     dataset: Dataset
     step: Step
+    cautious: Step | None
+    """On the cautious basis of `rates.gpu_rates`; None for calibrated rates."""
     memory: dict[str, float]
     """Bytes of one rank, by what holds them."""
     available_bytes: float
@@ -64,9 +66,13 @@ class Capacity:
         return self.epoch_s / 3600 * self.cluster.world_size * self.cluster.price_per_gpu_hour
 
 
-def plan(cluster: Cluster, workload: Workload, rates: Rates, dataset: Dataset) -> Capacity:
+def plan(
+    cluster: Cluster, workload: Workload, rates: Rates, dataset: Dataset, cautious: Rates | None = None
+) -> Capacity:
     """What a cluster does with a workload.
 
+    Args:
+        cautious: rates to tell beside them.
     Raises:
         ValueError: W does not divide P*K.
     """
@@ -83,6 +89,7 @@ def plan(cluster: Cluster, workload: Workload, rates: Rates, dataset: Dataset) -
         cost=cost,
         dataset=dataset,
         step=step_of(cluster, workload, rates, cost, images=images, world_size=world),
+        cautious=step_of(cluster, workload, cautious, cost, images=images, world_size=world) if cautious else None,
         memory=memory_of(cluster, workload, rates, cost, images),
         available_bytes=available,
         largest_p=_largest_p(cluster, workload, rates, cost, available),

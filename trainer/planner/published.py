@@ -6,7 +6,7 @@ from functools import partial
 
 from trainer.planner.hardware import GPUS, NETWORKS, STORAGE, Precision
 from trainer.planner.network import NetworkCost, iresnet, measure
-from trainer.planner.rates import FITTED, README, TENSORFLOW, gpu_rates, utilisation
+from trainer.planner.rates import FITTED, README, TENSORFLOW, Basis, gpu_rates
 from trainer.planner.step import step_of
 from trainer.planner.workload import Cluster, Workload
 
@@ -28,7 +28,7 @@ class Point:
     images_per_s: float
     source: str
     certain: bool = True
-    """False: written down from memory or second hand, not read again at its source."""
+    """False: written down from memory or second hand; the source has not been read again for it."""
     note: str = ""
 
 
@@ -38,6 +38,12 @@ class Checked:
     fitted: bool
     predicted: float
     """Images/s."""
+    cautious: float
+    """Images/s, on that basis."""
+
+    @property
+    def cautious_error(self) -> float:
+        return self.cautious / self.point.images_per_s - 1
 
     @property
     def error(self) -> float:
@@ -89,20 +95,18 @@ def check() -> tuple[Checked, ...]:
 
 
 def _checked(point: Point) -> Checked:
-    gpu = GPUS[point.gpu]
-    cluster = Cluster(
-        gpu=gpu, gpus_per_node=point.gpus, network=NETWORKS["hdr"], storage=STORAGE["ram"], jpeg_per_s=10**7
-    )
-    job = Workload(precision=point.precision, optimizer="sgd", picture_bytes=1)
-    rates = gpu_rates(gpu, point.precision)
-    step = step_of(cluster, job, rates, point.network(), images=point.batch, world_size=point.gpus)
-    # a classifier: no embeddings are gathered and nothing is mined
-    seconds = sum(value for name, value in step.critical.items() if name not in ("gather", "mining and loss"))
-    fit = FITTED[gpu.family(point.precision)]
+    fit = FITTED[GPUS[point.gpu].family(point.precision)]
     fitted = (point.gpu, point.precision, point.gpus) == (fit.gpu, fit.precision, 1)
-    return Checked(point=point, fitted=fitted, predicted=point.gpus * point.batch / seconds)
+    return Checked(
+        point=point, fitted=fitted, predicted=_predict(point, "arithmetic"), cautious=_predict(point, "cautious")
+    )
 
 
-def shares() -> dict[str, float]:
-    """The fitted utilisations, by family."""
-    return {family: utilisation(family) for family in FITTED}
+def _predict(point: Point, basis: Basis) -> float:
+    """Images/s; a classifier: no embeddings are gathered and nothing is mined."""
+    gpu = GPUS[point.gpu]
+    cluster = Cluster(gpu=gpu, gpus_per_node=point.gpus, network=NETWORKS["hdr"], storage=STORAGE["ram"])
+    job, rates = Workload(optimizer="sgd"), gpu_rates(gpu, point.precision, basis)
+    step = step_of(cluster, job, rates, point.network(), images=point.batch, world_size=point.gpus)
+    seconds = sum(value for name, value in step.critical.items() if name not in ("gather", "mining and loss"))
+    return point.gpus * point.batch / seconds

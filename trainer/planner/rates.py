@@ -2,11 +2,12 @@
 
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 from trainer.planner.hardware import GPUS, Gpu, Precision
 from trainer.planner.network import NetworkCost, measure
 
+Basis = Literal["arithmetic", "cautious"]
 BANDWIDTH_SHARE = 0.85
 """Of the memory's peak, as streaming kernels attain it (assumed; BabelStream reports 0.8 to 0.93 on GPUs like these)."""
 PLAIN_SHARE = 0.5
@@ -33,6 +34,8 @@ class Rates:
     """Of the network, forward and backward."""
     bytes_per_s: float
     """Of memory, where it is streamed."""
+    traffic_bytes_per_s: float
+    """Of memory, between the network's layers."""
     launch_s: float = 0.0
     """Of one kernel."""
     mining_s: float
@@ -71,32 +74,50 @@ FITTED: dict[str, Fitted] = {
 }
 
 
-@lru_cache(maxsize=8)
 def utilisation(family: str) -> float:
     """Share of the peak FLOP/s that a ResNet attains in PyTorch: such that the fitted point comes out exactly.
 
     Args:
         family: half, tf32 or fp32.
     """
+    point, (cost, seconds) = FITTED[family], _fitted(family)
+    return point.batch * cost.flops / seconds / GPUS[point.gpu].peak_flops(point.precision)
+
+
+def traffic_share(family: str) -> float:
+    """Share of the peak bandwidth, such that the fitted point would come out exactly if memory had been what limited it."""
+    point, (cost, seconds) = FITTED[family], _fitted(family)
+    return 3 * cost.traffic_bytes * point.batch / seconds / (1e9 * GPUS[point.gpu].bandwidth_gb_s)
+
+
+@lru_cache(maxsize=8)
+def _fitted(family: str) -> tuple[NetworkCost, float]:
+    """Network of the fitted point, and the seconds of its step that are forward and backward."""
     point = FITTED[family]
-    gpu, cost = GPUS[point.gpu], measure("resnet50", 224, 1000, point.precision == "bf16")
-    rest = weights_s(cost, _bandwidth(gpu)) + optimizer_s(cost, _bandwidth(gpu), "sgd")
-    seconds = point.batch / point.images_per_s - rest
-    return point.batch * cost.flops / seconds / gpu.peak_flops(point.precision)
+    cost, bandwidth = measure("resnet50", 224, 1000, point.precision == "bf16"), _bandwidth(GPUS[point.gpu])
+    return cost, point.batch / point.images_per_s - weights_s(cost, bandwidth) - optimizer_s(cost, bandwidth, "sgd")
 
 
-def gpu_rates(gpu: Gpu, precision: Precision) -> Rates:
-    """Predicted from the data sheet and the family's utilisation."""
+def gpu_rates(gpu: Gpu, precision: Precision, basis: Basis = "arithmetic") -> Rates:
+    """Predicted from the data sheet and one fitted point of the family.
+
+    Args:
+        basis: arithmetic: the fitted GPU was limited by its arithmetic, so others attain the same share of theirs. cautious: it
+            may as well have been limited by its memory, so others are no faster than either explains. A ResNet's batch norms
+            and ReLUs, unfused in PyTorch, make the latter likely where arithmetic has grown faster than bandwidth.
+    """
     family = gpu.family(precision)
-    share = utilisation(family)
+    share, streamed = utilisation(family), BANDWIDTH_SHARE if basis == "arithmetic" else traffic_share(family)
+    fit = FITTED[family]
     return Rates(
         flops_per_s=share * gpu.peak_flops(precision),
         bytes_per_s=_bandwidth(gpu),
+        traffic_bytes_per_s=streamed * 1e9 * gpu.bandwidth_gb_s,
         launch_s=LAUNCH_S,
         mining_s=mining_s(gpu),
         mining_floor_s=MINING_LAUNCHES * LAUNCH_S,
-        source=f"predicted: {share:.1%} of the {family} peak, fitted to {FITTED[family].images_per_s:,.0f} images/s of one "
-        f"{GPUS[FITTED[family].gpu].name}",
+        source=f"predicted: {share:.1%} of the {family} peak, {streamed:.0%} of the bandwidth at most; fitted to "
+        f"{fit.images_per_s:,.0f} images/s of one {GPUS[fit.gpu].name}, ResNet-50 at 224 px",
     )
 
 
@@ -112,11 +133,23 @@ def network_s(rates: Rates, cost: NetworkCost, images: int) -> tuple[float, floa
 
     The backward is taken to move twice what the forward moves.
     """
-    launches = rates.launch_s * LAUNCHES_PER_LAYER * cost.layers
-    moved = 3 * cost.traffic_bytes * images / rates.bytes_per_s
-    seconds = max(cost.flops * images / rates.flops_per_s, moved, launches) + weights_s(cost, rates.bytes_per_s)
+    seconds = max(_busy_s(rates, cost, images), _launches_s(rates, cost)) + weights_s(cost, rates.bytes_per_s)
     forward = cost.forward_flops / cost.flops
     return seconds * forward, seconds * (1 - forward)
+
+
+def launch_bound(rates: Rates, cost: NetworkCost, images: int) -> bool:
+    """Whether starting the kernels of forward and backward takes longer than they do."""
+    return _launches_s(rates, cost) > _busy_s(rates, cost, images)
+
+
+def _busy_s(rates: Rates, cost: NetworkCost, images: int) -> float:
+    moved = 3 * cost.traffic_bytes * images / rates.traffic_bytes_per_s
+    return max(cost.flops * images / rates.flops_per_s, moved)
+
+
+def _launches_s(rates: Rates, cost: NetworkCost) -> float:
+    return rates.launch_s * LAUNCHES_PER_LAYER * cost.layers
 
 
 def optimizer_s(cost: NetworkCost, bytes_per_s: float, kind: str = "adamw") -> float:

@@ -7,9 +7,10 @@ from trainer.planner.advice import advice
 from trainer.planner.capacity import Capacity, Scaled
 from trainer.planner.hardware import PRICES_ASSUMED
 from trainer.planner.published import Checked
-from trainer.planner.rates import FITTED, utilisation
+from trainer.planner.rates import FITTED, traffic_share, utilisation
 
 PREDICTED = "Everything about GPUs is a prediction from published data; facescale's authors have measured none of it."
+_WIDTHS = (38, 9, 9, 7, 9, 7, 12, 6)
 CALIBRATED = "A prediction from what `facescale profile` measured on this machine."
 
 
@@ -34,9 +35,10 @@ def _headline(capacity: Capacity) -> str:
     measured = capacity.rates.source.startswith("calibrated")
     return "\n".join(
         [
-            f"{what}; {job.trunk} at {job.image_size} px in {job.precision}, d = {job.embedding_size}; P x K = {job.p:,} x {job.k}, "
-            f"{step.images:,} images for each rank",
+            f"{what}; {job.trunk} at {job.image_size} px in {job.precision}, d = {job.embedding_size}; "
+            f"P x K = {job.p:,} x {job.k}, {step.images:,} images for each rank",
             f"{step.images_per_s:,.0f} images/s; {step.limit} limits",
+            *_cautious(capacity),
             f"epoch: {capacity.dataset.steps_per_epoch:,} steps, {duration(capacity.epoch_s)}; {epochs} epochs: "
             f"{duration(epochs * capacity.epoch_s)}",
             *([cost + assumed] if price else []),
@@ -44,6 +46,16 @@ def _headline(capacity: Capacity) -> str:
             CALIBRATED if measured else PREDICTED,
         ]
     )
+
+
+def _cautious(capacity: Capacity) -> list[str]:
+    """What it would be on the cautious basis, where that is another figure."""
+    if capacity.cautious is None or capacity.cautious.images_per_s > 0.97 * capacity.step.images_per_s:
+        return []
+    return [
+        f"cautious: {capacity.cautious.images_per_s:,.0f} images/s, if memory and not arithmetic limited the GPU that this is "
+        "fitted to (--basis cautious)"
+    ]
 
 
 def _stages(capacity: Capacity) -> str:
@@ -95,14 +107,17 @@ def _scaling(rows: Sequence[Scaled]) -> str:
 
 def published(rows: Sequence[Checked]) -> str:
     """Predictions beside what others published, and their errors."""
-    fitted = ", ".join(f"{family} {utilisation(family):.1%}" for family in FITTED)
-    lines = [f"| {'published, images/s':40} | {'published':>9} | {'predicted':>9} | {'error':>7} | how | source |"]
-    lines.append(f"|{'-' * 42}|{'-' * 10}:|{'-' * 10}:|{'-' * 8}:|---|---|")
+    shares = ", ".join(f"{family} {utilisation(family):.1%} or {traffic_share(family):.0%}" for family in FITTED)
+    heads = ("published, images/s", "", "predicted", "error", "cautious", "error", "how", "source")
+    marks = ("-", ":", ":", ":", ":", ":", "-", "-")
+    lines = ["| " + " | ".join(f"{head:{width}}" for head, width in zip(heads, _WIDTHS, strict=True)) + " |"]
+    lines.append("|" + "|".join("-" * (width + 1) + mark for width, mark in zip(_WIDTHS, marks, strict=True)) + "|")
     for row in rows:
         how = ("fitted" if row.fitted else "predicted") + ("" if row.point.certain else ", ?")
         note = f" ({row.point.note})" if row.point.note else ""
         lines.append(
-            f"| {row.point.name:40} | {row.point.images_per_s:9,.0f} | {row.predicted:9,.0f} | {row.error:+7.1%} | {how} | "
+            f"| {row.point.name:38} | {row.point.images_per_s:9,.0f} | {row.predicted:9,.0f} | {row.error:+7.1%} | "
+            f"{row.cautious:9,.0f} | {row.cautious_error:+7.1%} | {how:12} | "
             f"{row.point.source}{note} |"
         )
     errors = [abs(row.error) for row in rows if not row.fitted]
@@ -110,8 +125,8 @@ def published(rows: Sequence[Checked]) -> str:
         [
             *lines,
             "",
-            f"Of the {len(errors)} predicted: {sum(errors) / len(errors):.1%} off on average, {max(errors):.1%} at most. "
-            f"Attained share of the peak FLOP/s, fitted: {fitted}.",
+            f"Of the {len(errors)} predicted: {sum(errors) / len(errors):.1%} off on average, {max(errors):.1%} at most. Fitted shares "
+            f"of the peak FLOP/s, or of the bandwidth (cautious): {shares}.",
             "?: the published figure was written down from memory or second hand, and not read again at its source.",
         ]
     )
@@ -128,6 +143,7 @@ def as_json(capacity: Capacity, checks: Sequence[Checked] = ()) -> dict[str, Any
         "nodes": capacity.cluster.nodes,
         "images_per_rank": step.images,
         "images_per_s": step.images_per_s,
+        "cautious_images_per_s": capacity.cautious.images_per_s if capacity.cautious else None,
         "limit": step.limit,
         "step_s": step.seconds,
         "stages_s": {"loader": step.loader, "critical_path": step.critical},
@@ -170,6 +186,8 @@ def _checked(row: Checked) -> dict[str, Any]:
         "published_images_per_s": point.images_per_s,
         "predicted_images_per_s": row.predicted,
         "error": row.error,
+        "cautious_images_per_s": row.cautious,
+        "cautious_error": row.cautious_error,
         "fitted": row.fitted,
         "certain": point.certain,
         "source": point.source,

@@ -6,7 +6,7 @@ from math import ceil
 from trainer.planner.exchange import all_gather_s, all_reduce_s, gradients_s, paths
 from trainer.planner.loading import loader_s
 from trainer.planner.network import NetworkCost
-from trainer.planner.rates import Rates, network_s, optimizer_s
+from trainer.planner.rates import Rates, launch_bound, network_s, optimizer_s
 from trainer.planner.workload import Cluster, Workload
 
 
@@ -26,6 +26,8 @@ class Step:
     all_reduce_s: float
     """Of the gradients, hidden or not."""
     shares_cores: bool = False
+    launch_bound: bool = False
+    """Whether the network waits for its kernels to be started, not for the GPU."""
 
     @property
     def seconds(self) -> float:
@@ -47,7 +49,8 @@ class Step:
         if self.loader[slowest] > path and not (self.shares_cores and slowest != "read"):
             return slowest
         both = self.critical | (self.loader if self.shares_cores else {})
-        return max(both, key=lambda name: both[name])
+        most = max(both, key=lambda name: both[name])
+        return "launching kernels" if self.launch_bound and most in ("forward", "backward") else most
 
 
 def step_of(
@@ -76,6 +79,7 @@ def step_of(
         },
         all_reduce_s=total,
         shares_cores=rates.shares_cores,
+        launch_bound=launch_bound(rates, cost, min(images, workload.micro_batch or images)),
     )
 
 
