@@ -36,6 +36,10 @@ class Rates:
     """Of memory, where it is streamed."""
     traffic_bytes_per_s: float
     """Of memory, between the network's layers."""
+    weight_bytes: float = 24.0
+    """Moved for each parameter in forward and backward, whatever the batch: casts and layouts of weights and gradients."""
+    overlaps: bool = True
+    """Whether arithmetic hides behind memory traffic or the other way round; else both add up."""
     launch_s: float = 0.0
     """Of one kernel."""
     mining_s: float
@@ -95,7 +99,8 @@ def _fitted(family: str) -> tuple[NetworkCost, float]:
     """Network of the fitted point, and the seconds of its step that are forward and backward."""
     point = FITTED[family]
     cost, bandwidth = measure("resnet50", 224, 1000, point.precision == "bf16"), _bandwidth(GPUS[point.gpu])
-    return cost, point.batch / point.images_per_s - weights_s(cost, bandwidth) - optimizer_s(cost, bandwidth, "sgd")
+    weights = Rates.weight_bytes * cost.parameters / bandwidth
+    return cost, point.batch / point.images_per_s - weights - optimizer_s(cost, bandwidth, "sgd")
 
 
 def gpu_rates(gpu: Gpu, precision: Precision, basis: Basis = "arithmetic") -> Rates:
@@ -129,11 +134,12 @@ def mining_s(gpu: Gpu) -> float:
 
 
 def network_s(rates: Rates, cost: NetworkCost, images: int) -> tuple[float, float]:
-    """Seconds forward and backward of so many images: the slowest of arithmetic, memory and launches; weights come on top.
+    """Seconds forward and backward of so many images: the slowest of arithmetic, memory and launches (arithmetic and
+    memory together where they do not overlap); the weights' own copies come on top.
 
     The backward is taken to move twice what the forward moves.
     """
-    seconds = max(_busy_s(rates, cost, images), _launches_s(rates, cost)) + weights_s(cost, rates.bytes_per_s)
+    seconds = max(_busy_s(rates, cost, images), _launches_s(rates, cost)) + weights_s(cost, rates)
     forward = cost.forward_flops / cost.flops
     return seconds * forward, seconds * (1 - forward)
 
@@ -145,7 +151,8 @@ def launch_bound(rates: Rates, cost: NetworkCost, images: int) -> bool:
 
 def _busy_s(rates: Rates, cost: NetworkCost, images: int) -> float:
     moved = 3 * cost.traffic_bytes * images / rates.traffic_bytes_per_s
-    return max(cost.flops * images / rates.flops_per_s, moved)
+    computed = cost.flops * images / rates.flops_per_s
+    return max(computed, moved) if rates.overlaps else computed + moved
 
 
 def _launches_s(rates: Rates, cost: NetworkCost) -> float:
@@ -158,9 +165,9 @@ def optimizer_s(cost: NetworkCost, bytes_per_s: float, kind: str = "adamw") -> f
     return cost.parameters * ({"adamw": 28, "sgd": 20}[kind] + 4) / bytes_per_s
 
 
-def weights_s(cost: NetworkCost, bytes_per_s: float) -> float:
-    """Casts and layouts of the weights and of their gradients: 24 bytes a parameter a step, whatever the batch."""
-    return 24 * cost.parameters / bytes_per_s
+def weights_s(cost: NetworkCost, rates: Rates) -> float:
+    """Seconds of a step that forward and backward spend on the weights' own copies."""
+    return rates.weight_bytes * cost.parameters / rates.bytes_per_s
 
 
 def _bandwidth(gpu: Gpu) -> float:

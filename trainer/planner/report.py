@@ -125,8 +125,8 @@ def published(rows: Sequence[Checked]) -> str:
         [
             *lines,
             "",
-            f"Of the {len(errors)} predicted: {sum(errors) / len(errors):.1%} off on average, {max(errors):.1%} at most. Fitted shares "
-            f"of the peak FLOP/s, or of the bandwidth (cautious): {shares}.",
+            f"Of the {len(errors)} predicted: {sum(errors) / len(errors):.1%} off on average, {max(errors):.1%} at most. Fitted "
+            f"shares of the peak FLOP/s, or of the bandwidth (cautious): {shares}.",
             "?: the published figure was written down from memory or second hand, and not read again at its source.",
         ]
     )
