@@ -51,6 +51,7 @@ OPTIONS = {
     "embed": ["RUN", "OUT", "--shards", "--split", "--device"],
     "evaluate": ["RUN", "--shards", "--gallery-images", "--closed-gallery-images", "--knn", "--seed", "--device"],
     "report": ["RUN", "--out", "--pdf"],
+    "plan": ["--gpu", "--nodes", "--p", "--shards", "--calibrate", "--check", "--json", "--out"],
     "doctor": ["--help"],
 }  # fmt: skip
 

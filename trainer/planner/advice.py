@@ -66,6 +66,12 @@ def _network(capacity: Capacity) -> list[str]:
         return []
     faster = replace(cluster, network=replace(cluster.network, gbit_s=10 * cluster.network.gbit_s))
     lifted = _again(capacity, faster)
+    alone = next(row.weak for row in capacity.scaling if row.gpus >= min(cluster.gpus_per_node, 1024))
+    if alone.images_per_s > step.images_per_s:
+        return [
+            f"network: one machine alone would be faster: {alone.images_per_s:,.0f} images/s with as many images for each GPU; "
+            "a faster --network or larger batches"
+        ]
     share = (step.critical["all-reduce, exposed"] + step.critical["gather"]) / step.seconds
     line = f"network: {share:.0%} of the step waits for other GPUs"
     if lifted.seconds * WORTH < step.seconds:

@@ -101,20 +101,19 @@ def read_profile(path: Path) -> Profile:
 def _workload(path: Path, get: "_Reader") -> Workload:
     """As it was profiled; of pictures the mean size alone is known."""
     side = max(1, round(math.sqrt(get.number("loader", "mean_picture_pixels", least=1))))
-    p = int(get.number("p"))
+    whole: dict[str, Any] = {name: int(get.number(name)) for name in ("image_size", "p", "k", "embedding_size")}
+    words: dict[str, Any] = {name: get.text(name) for name in ("trunk", "precision")}
+    size = get.number("loader", "mean_picture_bytes", least=1)
+    images, identities = max(Workload.images, 2 * whole["p"]), max(Workload.identities, whole["p"])
     try:
         return Workload(
-            trunk=get.text("trunk"),
-            image_size=int(get.number("image_size")),
-            p=p,
-            k=int(get.number("k")),
-            embedding_size=int(get.number("embedding_size")),
-            precision=get.text("precision"),  # type: ignore[arg-type]  # Workload checks it
+            **whole,
+            **words,
             picture_width=side,
             picture_height=side,
-            picture_bytes=get.number("loader", "mean_picture_bytes", least=1),
-            images=max(Workload.images, 2 * p),
-            identities=max(Workload.identities, p),
+            picture_bytes=size,
+            images=images,
+            identities=identities,
         )
     except ValueError as error:
         raise ValueError(f"--calibrate {path}: {error}") from None
@@ -202,7 +201,8 @@ def calibrated(profile: Profile, gpu: Gpu, ranks: int | None = None) -> Rates:
         mining_s=CPU_MINING_S * 2 / cluster.cores_per_gpu / share if profile.on_cpu else mining_s(gpu),
         mining_floor_s=max(0.0, phases["gather_mining_loss"] - gather),
         mining_base=images * images * profile.ranks * dimensions,
-        fixed_s=phases["other"] + phases["copy"] + max(0.0, phases["all_reduce_exposed"] - exposed),
+        fixed_s=phases["other"] + phases["copy"],
+        exposed_share=phases["all_reduce_exposed"] / exposed if exposed else 1.0,
         shares_cores=profile.on_cpu,
         plan_s=profile.plan_s,
         decode_scale=profile.decode_s / cpu_decode_s(profile.picture_pixels, profile.workload.image_size)

@@ -50,6 +50,8 @@ class Rates:
     """b * N * d that `mining_floor_s` includes."""
     fixed_s: float = 0.0
     """Of a step, whatever its size."""
+    exposed_share: float = 1.0
+    """Of the all-reduce that `exchange.gradients_s` calls exposed, as calibrated."""
     shares_cores: bool = False
     """Whether loader and network compute on the same cores: then their seconds add up."""
     plan_s: float = 20e-6

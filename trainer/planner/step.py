@@ -73,7 +73,7 @@ def step_of(
             "gather": gather,
             "mining and loss": mining_and_loss_s(rates, images, images * world_size, workload.embedding_size),
             "backward": backward,
-            "all-reduce, exposed": exposed,
+            "all-reduce, exposed": rates.exposed_share * exposed,
             "optimiser": optimizer_s(cost, rates.bytes_per_s, workload.optimizer),
             "other": rates.fixed_s,
         },
