@@ -44,7 +44,7 @@ def _loader(capacity: Capacity) -> list[str]:
         ]
     bound = step.images * step.world_size / path
     how = {
-        "read": "a faster --storage, or shards copied to the machines",
+        "read": f"a faster --storage, or {capacity.dataset.tar_bytes / 1e9:,.0f} GB of memory to keep shards in (--storage ram)",
         "decode": "more GPUs, smaller pictures in the shards, or --decode cpu beside it",
         "plan": "more ranks: the plan of a rank is one thread's work",
         "copy": "nothing but smaller pictures",
