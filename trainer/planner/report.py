@@ -37,7 +37,7 @@ def _headline(capacity: Capacity) -> str:
         [
             f"{what}; {job.trunk} at {job.image_size} px in {job.precision}, d = {job.embedding_size}; "
             f"P x K = {job.p:,} x {job.k}, {step.images:,} images for each rank",
-            f"{step.images_per_s:,.0f} images/s; {step.limit} limits",
+            f"{step.images_per_s:,.0f} images/s; limited by: {step.limit}",
             *_cautious(capacity),
             f"epoch: {capacity.dataset.steps_per_epoch:,} steps, {duration(capacity.epoch_s)}; {epochs} epochs: "
             f"{duration(epochs * capacity.epoch_s)}",

@@ -18,7 +18,7 @@ def test_the_tables(capsys):
     )
     for part in (
         "images/s; ",
-        " limits",
+        "limited by: ",
         "epoch: ",
         "3 epochs",
         "cost: ",
