@@ -25,7 +25,7 @@ def _headline(capacity: Capacity) -> str:
     step, cluster, job = capacity.step, capacity.cluster, capacity.workload
     world, on_cpu = cluster.world_size, capacity.rates.shares_cores
     what = (
-        f"{world:,} ranks on this machine's CPU"
+        f"{world:,} rank(s) on this machine's CPU"
         if on_cpu
         else f"{world:,} x {cluster.gpu.name}, {cluster.nodes:,} node(s)"
     )

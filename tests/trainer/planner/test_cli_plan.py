@@ -89,7 +89,7 @@ def test_a_calibrated_cpu(capsys, tmp_path):
     assert same["cautious_images_per_s"] is None
     assert main(["plan", "--calibrate", str(path), "--image-size", "64", "--gpus-per-node", "1", "--p", "4"]) == 0
     said = capsys.readouterr().out
-    assert said.startswith("1 ranks on this machine's CPU; resnet18 at 64 px in fp32, d = 8; P x K = 4 x 4")
+    assert said.startswith("1 rank(s) on this machine's CPU; resnet18 at 64 px in fp32, d = 8; P x K = 4 x 4")
     assert "adds up: the same cores" in said
     assert "cost: " not in said
 

@@ -58,7 +58,7 @@ def profile_of(path, size: int, images: int, seconds: float, update: float):
 def test_one_setting_predicts_another(tmp_path):
     """CPU seconds on one thread, since other jobs share these cores; steps taken in turns, the least of four.
 
-    Bounds are wide on purpose; in quiet and in busy hours errors of up to 5 % were seen (launch/README.md).
+    Bounds are wide on purpose: errors of up to 16 % were seen in busy hours (launch/README.md).
     """
     settings = [(48, 16), (96, 16), (48, 32)]
     torch.manual_seed(0)
