@@ -46,7 +46,9 @@ def _add_cluster(group: argparse._ArgumentGroup) -> None:
     group.add_argument("--gpu", choices=(*GPUS, "cpu"), help=text)
     group.add_argument("--gpus-per-node", type=int, help="8 if not given; on a CPU: ranks, as profiled")
     group.add_argument("--nodes", type=int, default=1, help="machines")
-    group.add_argument("--network", choices=tuple(NETWORKS), default="ndr", help="between machines")
+    group.add_argument(
+        "--network", choices=tuple(NETWORKS), help="between machines; ndr if not given, on CPUs ethernet10"
+    )
     group.add_argument(
         "--links-per-node", type=int, help="of that network; if not given one a GPU (hdr, ndr) or one (ethernet)"
     )
@@ -159,7 +161,7 @@ def _cluster(args: argparse.Namespace, profile: "Profile | None") -> "Cluster":
         storage = replace(storage, mb_s=args.storage_mb_s)
     options = {
         "nodes": args.nodes,
-        "network": NETWORKS[args.network],
+        "network": NETWORKS[args.network or ("ethernet10" if on_cpu else "ndr")],
         "storage": storage,
         "links_per_node": args.links_per_node,
         "price": args.price,

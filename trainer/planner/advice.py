@@ -91,8 +91,8 @@ def _batch(capacity: Capacity) -> list[str]:
     if lifted.images_per_s < WORTH * step.images_per_s:
         return []
     return [
-        f"batch: {step.images} images for each GPU keep it waiting for launches and exchange; --p {larger:,} ({images:,} "
-        f"images) would lift {step.images_per_s:,.0f} to {lifted.images_per_s:,.0f} images/s"
+        f"batch: {step.images} images for each rank are few beside what a step costs anyway; --p {larger:,} ({images:,} images) "
+        f"would lift {step.images_per_s:,.0f} to {lifted.images_per_s:,.0f} images/s"
     ]
 
 

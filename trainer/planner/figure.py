@@ -24,7 +24,7 @@ def write_png(capacity: Capacity, path: Path) -> None:
     job, cluster = capacity.workload, capacity.cluster
     figure.suptitle(
         f"Predicted: {job.trunk}, {job.image_size} px, {job.precision} on {cluster.gpu.name}, {cluster.gpus_per_node} a machine; "
-        f"{capacity.step.images:,} images a GPU (weak), P x K = {job.batch_size:,} (strong)",
+        f"{capacity.step.images:,} images each (weak), P x K = {job.batch_size:,} (strong)",
         fontsize=11,
     )
     figure.savefig(path)
@@ -38,7 +38,7 @@ def _efficiency(axes: Axes, rows: tuple[Scaled, ...]) -> None:
     strong = [100 * row.strong_efficiency for row in shared if row.strong_efficiency is not None]
     axes.plot([row.gpus for row in shared], strong, "--s", color=COLOURS[1], label="strong")
     axes.set_ylim(0, 5 + max(100.0, *strong, *(100 * row.weak_efficiency for row in rows)))
-    axes.set(xlabel="GPUs", ylabel="efficiency against one GPU, %", title="Scaling")
+    axes.set(xlabel=_what(rows), ylabel="efficiency against one of them, %", title="Scaling")
     axes.set_xscale("log", base=2)
     axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,.0f}"))
     axes.xaxis.set_minor_locator(NullLocator())
@@ -60,6 +60,10 @@ def _stages(axes: Axes, rows: tuple[Scaled, ...]) -> None:
     else:
         axes.plot(places, slowest, "kD", markersize=5, label="slowest stage of the loader (runs ahead)")
     axes.set_xticks(places, [f"{row.gpus:,}" for row in rows])
-    axes.set(xlabel="GPUs", ylabel="ms", title="A step, weak scaling")
+    axes.set(xlabel=_what(rows), ylabel="ms", title="A step, weak scaling")
     axes.set_ylim(0, 1.45 * max(*bottom, *slowest))
     axes.legend(frameon=False, fontsize=8, ncols=2, loc="upper left")
+
+
+def _what(rows: tuple[Scaled, ...]) -> str:
+    return "ranks on CPUs" if rows[0].weak.shares_cores else "GPUs"

@@ -96,13 +96,14 @@ def _dataset(capacity: Capacity) -> str:
 
 
 def _scaling(rows: Sequence[Scaled]) -> str:
-    lines = [f"  {'GPUs':>6}{'weak: images/s':>18}{'efficiency':>12}{'strong: images/s':>20}{'efficiency':>12}"]
+    what = "ranks" if rows[0].weak.shares_cores else "GPUs"
+    lines = [f"  {what:>6}{'weak: images/s':>18}{'efficiency':>12}{'strong: images/s':>20}{'efficiency':>12}"]
     for row in rows:
         strong = f"{'-':>20}{'-':>12}"
         if row.strong is not None:
             strong = f"{row.strong.images_per_s:20,.0f}{row.strong_efficiency:12.1%}"
         lines.append(f"  {row.gpus:6,}{row.weak.images_per_s:18,.0f}{row.weak_efficiency:12.1%}{strong}")
-    return "\n".join([*lines, "  weak: the same batch for each GPU; strong: P x K shared (- where it cannot be)"])
+    return "\n".join([*lines, "  weak: the same batch for each; strong: P x K shared (- where it cannot be)"])
 
 
 def published(rows: Sequence[Checked]) -> str:
