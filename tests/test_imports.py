@@ -13,6 +13,8 @@ LEVELS = {
     "config": 0,
     "devices": 0,
     "heartbeats": 0,
+    "machine": 0,
+    "phases": 0,
     "precision": 0,
     "preemption": 0,
     "collectives": 1,

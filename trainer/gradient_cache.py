@@ -8,6 +8,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _NormBase
 
 from trainer.engine import Engine
+from trainer.phases import phase
 
 
 class GradientCache:
@@ -53,14 +54,17 @@ class GradientCache:
             with self._engine.part(last=True):
                 self._engine.backward(loss)
             return
-        loss.backward()
+        with phase("gather_mining_loss"):
+            loss.backward()
         assert self._embeddings.grad is not None
         cached = self._embeddings.grad.split(self._part)
         with statistics_frozen(self._engine.model):
             for number, (part, gradient) in enumerate(zip(self._parts, cached, strict=True), start=1):
                 self._states[number - 1].restore()
                 with self._engine.part(last=number == len(self._parts)):
-                    self._engine.backward((self._engine.model(*part) * gradient).sum())
+                    with phase("forward"):
+                        embeddings = self._engine.model(*part)
+                    self._engine.backward((embeddings * gradient).sum())
         self._embeddings, self._parts = None, []
 
 

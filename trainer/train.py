@@ -8,7 +8,7 @@ import math
 import os
 import sys
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from datetime import timedelta
 
 import torch
@@ -34,7 +34,7 @@ from trainer.agreement import check_ranks_agree, comparable
 from trainer.best import Best
 from trainer.checkpoint import Trained
 from trainer.collapse import CollapseGuard
-from trainer.collectives import barrier, rank, shutdown, world_size
+from trainer.collectives import barrier, rank, shutdown, time_all_reduce, world_size
 from trainer.config import CONFIG, OptimizerConfig, RunConfig, TrainConfig, UsageError, load, parse, save
 from trainer.devices import share_cores
 from trainer.engine import DeepSpeedEngine, Engine, PlainEngine
@@ -42,6 +42,7 @@ from trainer.evaluation.run import check_in_training, evaluate_in_training
 from trainer.flags import Flags, Verdict
 from trainer.metric.memory import CrossBatchMemory
 from trainer.model import Embedder, parameter_groups
+from trainer.phases import next_step, phase, recorder
 from trainer.precision import use_bf16
 from trainer.preemption import EXIT_PREEMPTED, Asked, Preempted, asked_to_stop
 from trainer.train_step import TrainStep, objective_of
@@ -106,15 +107,17 @@ def train(config: TrainConfig, accelerator: Accelerator, watchdog: Watchdog, ask
     with progress("train", steps, "steps", enabled=rank() == 0) as advance:
         advance(start)
         for step in range(start + 1, steps + 1):
+            next_step()
             if best.exhausted:
                 report.event(best.farewell(), everywhere=False)
                 break
             rate = set_learning_rate(trained.optimizer, config.optimizer, step, steps, guard.rate)
-            with report.waiting(), watchdog.at(f"the data of step {step}", alone=True):
+            with report.waiting(), phase("wait"), watchdog.at(f"the data of step {step}", alone=True):
                 batch = next(loader)
             with watchdog.at(f"step {step}"):
                 stats = train_step(batch, step, asked.now)
-                trained.average()
+                with phase("optimizer"):
+                    trained.average()
             report.add(stats)
             last = step == steps
             judges = held_out is not None and (last or step % config.run.evaluate_every == 0)
@@ -240,6 +243,8 @@ def _prepare(config: TrainConfig, accelerator: Accelerator, batch_size: int) -> 
     with warnings.catch_warnings():  # accelerate has no word yet for what broadcast_buffers is called in this torch
         warnings.filterwarnings("ignore", "`broadcast_buffers` is deprecated", FutureWarning)
         model, optimizer = accelerator.prepare(module, make_optimizer(module, config.optimizer))
+    if recorder() is not None:
+        time_all_reduce(model, config.run.gradient_compression)
     bare = accelerator.unwrap_model(model)
     decay = config.optimizer.ema_decay
     ema = AveragedModel(bare, multi_avg_fn=get_ema_multi_avg_fn(decay)) if decay else None
@@ -323,9 +328,16 @@ def _headline(split: Split, plan: Plan, config: TrainConfig, accelerator: Accele
     )
 
 
-def main(argv: Sequence[str] | None = None, prog: str = "python -m trainer.train") -> int:
+Work = Callable[[TrainConfig, Accelerator, Watchdog, Asked], None]
+
+
+def main(argv: Sequence[str] | None = None, prog: str = "python -m trainer.train", work: Work = train) -> int:
     """Exit code 0, 1 (failed), 2 (usage), 70 (a rank hangs or is dead) or 75 (asked to stop: saved, start it again with
-    --run.resume). One rank of each machine says what is wrong."""
+    --run.resume). One rank of each machine says what is wrong.
+
+    Args:
+        work: what is done with these settings and ranks.
+    """
     first = os.environ.get("LOCAL_RANK", "0") == "0"
     watchdog = None
     try:
@@ -333,7 +345,7 @@ def main(argv: Sequence[str] | None = None, prog: str = "python -m trainer.train
         with asked_to_stop() as asked:
             accelerator = make_accelerator(config.run)
             watchdog = Watchdog(config.run.stall_s)
-            train(config, accelerator, watchdog, asked)
+            work(config, accelerator, watchdog, asked)
             watchdog.end()
     except Preempted as stop:
         assert watchdog is not None

@@ -14,6 +14,7 @@ from trainer.gradient_cache import GradientCache, Statistics
 from trainer.metric.losses import Loss, Objective, active_anchors
 from trainer.metric.memory import CrossBatchMemory
 from trainer.metric.pool import Pool
+from trainer.phases import backward_until, phase
 
 _NETWORK, _MINING = 101, 102
 """What random numbers are for."""
@@ -63,16 +64,21 @@ class TrainStep:
         """
         shared = self._config.loss.candidates == "all_ranks"
         torch.manual_seed(int(random_bits(self._config.run.seed, _NETWORK, step, rank())[0] >> 1))
-        self._statistics.keep()
-        embeddings = self._cache.forward(batch.images, batch.colour)  # (b, d) unit norm
-        gathered = gather_labelled(embeddings, batch.identities) if shared else (embeddings, batch.identities)
-        pool = make_pool(embeddings, batch.identities, gathered, self._remembered(step))
-        loss = self.objective(pool, self._images_of_one(pool), self._draws(pool, step))
-        sums = all_reduce_sum(_sums(loss, embeddings.detach(), asked_to_stop))  # (2 + W,)
-        mean = loss.total * world_size() / sums[0].clamp(min=1) if shared else loss.total / loss.divisor.clamp(min=1)
-        self._cache.backward(mean.to(embeddings.dtype))
-        left_out = self._engine.update(sums[2:].sum())
-        self._statistics.restore(left_out)
+        with phase("forward"):
+            self._statistics.keep()
+            embeddings = self._cache.forward(batch.images, batch.colour)  # (b, d) unit norm
+            backward_until(embeddings, "gather_mining_loss")
+        with phase("gather_mining_loss"):
+            gathered = gather_labelled(embeddings, batch.identities) if shared else (embeddings, batch.identities)
+            pool = make_pool(embeddings, batch.identities, gathered, self._remembered(step))
+            loss = self.objective(pool, self._images_of_one(pool), self._draws(pool, step))
+            sums = all_reduce_sum(_sums(loss, embeddings.detach(), asked_to_stop))  # (2 + W,)
+            total, divisor = (loss.total * world_size(), sums[0]) if shared else (loss.total, loss.divisor)
+        with phase("backward"):
+            self._cache.backward((total / divisor.clamp(min=1)).to(embeddings.dtype))
+        with phase("optimizer"):
+            left_out = self._engine.update(sums[2:].sum())
+            self._statistics.restore(left_out)
         if self._memory.size and not left_out:  # waits for the device
             self._memory.add(*gathered)
         d_ap, d_an = loss.hardest.distances(self.objective.squared)  # (b,)
