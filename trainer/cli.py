@@ -10,6 +10,7 @@ from typing import NoReturn
 
 from trainer.cli_evaluate import add_embed, add_evaluate
 from trainer.cli_plan import add_plan
+from trainer.cli_profile import add_profile
 from trainer.cli_report import add_report
 from trainer.cli_shards import add_shard, add_shards, add_verify
 
@@ -24,6 +25,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         from trainer.train import main as train
 
         return train(args[1:], prog="facescale train")
+    if args[:1] == ["profile"]:
+        from trainer.cli_profile import main as profile
+
+        return profile(args[1:])
     try:
         parsed = _parser().parse_args(args)
     except SystemExit as stop:
@@ -107,6 +112,7 @@ def _synthesize(args: argparse.Namespace) -> int:
 def _add_train(commands: argparse._SubParsersAction) -> None:
     text = "Train on one process (`facescale train --help` lists every setting)."
     _command(commands, "train", f"{text} {_DISTRIBUTED}", lambda _: 0)
+    add_profile(partial(_command, commands))
 
 
 def _add_evaluation(commands: argparse._SubParsersAction) -> None:

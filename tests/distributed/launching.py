@@ -12,15 +12,20 @@ CPU, DEEPSPEED = "launch/accelerate/cpu.yaml", "launch/accelerate/deepspeed.yaml
 
 
 def launch(
-    config_file: str, processes: int, *options: object, check: bool = True, gpu: bool = False
+    config_file: str,
+    processes: int,
+    *options: object,
+    check: bool = True,
+    gpu: bool = False,
+    command: tuple[str, ...] = ("trainer.train",),
 ) -> subprocess.CompletedProcess[str]:
-    """Runs training with these `--section.key value` options; raises with its output if it fails and `check` says so."""
+    """Runs training, or another `command`, with these options; raises with its output if it fails and `check` says so."""
     environment = {name: value for name, value in os.environ.items() if not name.startswith("ACCELERATE_")}
     environment |= {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"} | ({} if gpu else {"CUDA_VISIBLE_DEVICES": ""})
     where = ["--config_file", config_file, "--num_processes", str(processes), "--main_process_port", str(free_port())]
-    command = [sys.executable, "-m", "accelerate.commands.accelerate_cli", "launch", *where, "-m", "trainer.train"]
+    launcher = [sys.executable, "-m", "accelerate.commands.accelerate_cli", "launch", *where, "-m"]
     done = subprocess.run(
-        [*command, *map(str, options)],
+        [*launcher, *command, *map(str, options)],
         cwd=ROOT,
         env=environment,
         capture_output=True,
