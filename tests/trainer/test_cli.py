@@ -48,6 +48,7 @@ OPTIONS = {
     "verify": ["DIR", "--decode"],
     "shards": ["stats", "export"],
     "train": ["--config", "--run.folder", "--run.resume", "--plan.identities-per-batch", "--loss.margin"],
+    "profile": ["--steps", "--warmup", "--out", "--config"],
     "embed": ["RUN", "OUT", "--shards", "--split", "--device"],
     "evaluate": ["RUN", "--shards", "--gallery-images", "--closed-gallery-images", "--knn", "--seed", "--device"],
     "report": ["RUN", "--out", "--pdf"],
