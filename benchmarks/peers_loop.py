@@ -4,7 +4,7 @@
 
 Same machine, same pictures (synthetic identities, JPEGs of 160 px: folders for the others, shards of them for us), same network,
 same optimiser; `peers_contenders.py` says what each does and what is assumed of the original project's way. Every contender is a
-process that is stopped, its workers too, while it is not its turn. Those with a DataLoader first try 0, 1 and 2 workers; the
+process that is stopped, its workers too, while it is not its turn. Those with a DataLoader first try `--workers`; the
 fastest goes on. Then rounds: each, in another order each round, runs a step that does not count and `--steps` that do. A
 DataLoader has its queue full when a turn begins, as DALI has. Ratios are of turns of one round. `--accuracy` starts all anew and
 trains each for so many seconds, in slices that take turns. Needs the extra `bench`: pip install 'facescale[bench]'.
@@ -22,6 +22,7 @@ import signal
 import subprocess
 import sys
 import tempfile
+from collections.abc import Sequence
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -29,9 +30,9 @@ from typing import Any
 ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT))
 from benchmarks.measure import has, machine, spread  # noqa: E402
-from benchmarks.peers_contenders import CONTENDERS, FACESCALE, ORIGINAL, REPLY, run  # noqa: E402
+from benchmarks.peers_contenders import CONTENDERS, FACESCALE, ORIGINAL, run  # noqa: E402
+from benchmarks.peers_turns import REPLY  # noqa: E402
 
-WORKERS = (0, 1, 2)
 SLICE_S = 10.0
 NEEDED = ("scikit-image", "pytorch-metric-learning")
 
@@ -63,10 +64,13 @@ class Contender:
                 start_new_session=True,
             )
         atexit.register(self.end)
-        self.take(steps=1)
+        self.take(steps=1, warm_up=True)
 
     def take(self, **asked: Any) -> dict[str, float]:
-        """A turn: so many `steps`, or `seconds`; or `judge` pictures of a folder. What it found."""
+        """A turn: so many `steps`, or `seconds`; or `judge` pictures of a folder. What it found.
+
+        A `warm_up` does not count as training time.
+        """
         os.killpg(self._process.pid, signal.SIGCONT)
         assert self._process.stdin is not None
         assert self._process.stdout is not None
@@ -98,10 +102,10 @@ def draw(folder: Path, identities: int, unseen: int, images: int) -> None:
     convert(folder / "train", folder / "shards", ConvertConfig())
 
 
-def fastest(name: str, folder: Path, p: int, k: int) -> tuple[Contender, dict[str, float]]:
+def fastest(name: str, folder: Path, p: int, k: int, workers: Sequence[int]) -> tuple[Contender, dict[str, float]]:
     """With as many workers as suit it best, and the median seconds a step with each number."""
-    counts = (0,) if name.startswith(FACESCALE) else WORKERS
-    tried = [Contender(name, workers, folder, p, k) for workers in counts]
+    counts = (0,) if name.startswith(FACESCALE) else workers
+    tried = [Contender(name, count, folder, p, k) for count in counts]
     if len(tried) == 1:
         return tried[0], {}
     seconds: dict[int, list[float]] = {each.workers: [] for each in tried}
@@ -121,7 +125,7 @@ def speeds(folder: Path, p: int, k: int, args: argparse.Namespace) -> dict[str, 
     images = {name: 3 * (p * k // 3) if name == ORIGINAL else p * k for name in args.only}
     chosen, tried = {}, {}
     for name in args.only:
-        chosen[name], tried[name] = fastest(name, folder, p, k)
+        chosen[name], tried[name] = fastest(name, folder, p, k, args.workers)
         print(f"{name}: {chosen[name].workers} workers; seconds a step by workers {tried[name]}", flush=True)
     found: dict[str, list[float]] = {name: [] for name in chosen}
     last: dict[str, dict[str, float]] = {}
@@ -190,6 +194,9 @@ def main() -> int:
     parser.add_argument("--batches", nargs="+", default=["24x4"], metavar="PxK", help="at least 64 images each")
     parser.add_argument("--accuracy", type=float, help="seconds of training of each contender")
     parser.add_argument("--only", nargs="+", choices=tuple(CONTENDERS), default=tuple(CONTENDERS))
+    parser.add_argument(
+        "--workers", type=int, nargs="+", default=(0, 1, 2), help="of a DataLoader: the fastest is taken"
+    )
     parser.add_argument("--identities", type=int, nargs=2, default=(200, 100), metavar=("TRAIN", "UNSEEN"))
     parser.add_argument("--images-per-identity", type=int, default=20)
     parser.add_argument("--out", type=Path, default=ROOT / "benchmarks" / "results" / "peers_loop.json")

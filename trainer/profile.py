@@ -2,7 +2,7 @@
 
 The loop is `trainer.train.train` itself, which a `Recorder` ends after enough steps: before any checkpoint, and its folder is
 removed. Then the loader runs alone, on all ranks at once as in training, which gives what reading and decoding cost: they run
-ahead of the step on DALI's threads, so their time lies beside the step's, not in it, and what of it the step had to wait for is
+ahead of the step on other threads, so their time lies beside the step's, not in it, and what of it the step had to wait for is
 the phase `wait`.
 
 On a GPU (not yet run): the loader's decoding is the CPU's part of it alone, and waiting for the GPU can count as CPU time there.
@@ -184,8 +184,9 @@ def _named(path: dict[str, float]) -> dict[str, float]:
 def loader_alone(config: TrainConfig, device: torch.device, batches: int) -> dict[str, Any]:
     """What the training loader costs, in CPU seconds an image, and gives where nothing else runs but other ranks' loaders.
 
-    `plan_and_bytes` is the time of the thread that feeds DALI (plan, augmentation parameters, bytes out of the mapped tars) and
-    `decode` that of all other threads of the process; the copy out of DALI is in neither.
+    `plan_and_bytes` is the time of the thread that feeds the decoder (plan, augmentation parameters, where the bytes lie; DALI also
+    takes them over there) and `decode` that of all other threads of the process, which with `data.decoder libjpeg` touch the mapped
+    bytes first; the copy out of DALI is in neither.
     """
     split = ShardSet.open(config.data.shards).split("train")
     plan, stop = Plan(split.starts, config.plan, config.run.seed), _LOADER_WARMUP + batches + _AHEAD

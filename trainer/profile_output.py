@@ -10,6 +10,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+
     from trainer.phases import Step
     from trainer.profile import RankProfile
 
@@ -23,6 +25,10 @@ LABELS = {
     "optimizer": "optimiser",
     "other": "other",
 }
+
+
+HATCHES = ("", "//", "", "..", "\\\\", "xx", "", "--")
+"""That say the same as the colours."""
 
 
 def write(out: Path, found: dict[str, Any], everyone: Sequence["RankProfile"]) -> None:
@@ -81,36 +87,12 @@ def draw(found: dict[str, Any], path: Path) -> None:
     """Stacked bars of the slowest rank and of the mean; colours that differ to any eye, and hatches that say the same again."""
     from matplotlib.figure import Figure
 
-    from trainer.evaluation.report.plots import LIGHT
-
     figure = Figure(figsize=(10, 3.4), layout="constrained")
     axes = figure.subplots()
     bars = {"mean of ranks": found["critical_path_mean_s"]} if found["ranks"] > 1 else {}
     bars[f"rank {found['slowest_rank']}" + (", slowest" if found["ranks"] > 1 else "")] = found["critical_path_s"]
-    for number, (name, label) in enumerate(LABELS.items()):
-        hatch = ("", "//", "", "..", "\\\\", "xx", "", "--")[number]
-        style: dict[str, Any] = {
-            "color": LIGHT[number],
-            "edgecolor": "white",
-            "hatch": hatch,
-            "linewidth": 0.6,
-            "height": 0.6,
-        }
-        for row, seconds in enumerate(bars.values()):
-            left = sum(seconds[earlier] for earlier in list(LABELS)[:number])
-            own = label if row == len(bars) - 1 else None
-            text = f"{own}  {1e3 * seconds[name]:.1f} ms" if own else None
-            axes.barh(row, 1e3 * seconds[name], left=1e3 * left, label=text, **style)
-            if seconds[name] > 0.06 * found["step_s"]["median"]:
-                where = (1e3 * (left + seconds[name] / 2), row)
-                axes.annotate(
-                    f"{seconds[name] / sum(seconds.values()):.0%}",
-                    where,
-                    ha="center",
-                    va="center",
-                    fontsize=9,
-                    bbox={"boxstyle": "round,pad=0.15", "facecolor": "white", "edgecolor": "none"},
-                )
+    for row, seconds in enumerate(bars.values()):
+        _stack(axes, row, seconds, legend=row == len(bars) - 1)
     axes.set_yticks(range(len(bars)), list(bars))
     axes.set_ylim(-0.6, len(bars) - 0.4)
     axes.set_xlabel("milliseconds a step (median)")
@@ -124,6 +106,23 @@ def draw(found: dict[str, Any], path: Path) -> None:
     axes.tick_params(axis="y", length=0)
     figure.legend(loc="outside lower center", ncols=4, frameon=False, fontsize=9)
     figure.savefig(path, dpi=150)
+
+
+def _stack(axes: "Axes", row: int, seconds: dict[str, float], legend: bool) -> None:
+    """One bar of all phases; what takes 6 % or more is told in it."""
+    from trainer.evaluation.report.plots import LIGHT
+
+    left, whole = 0.0, sum(seconds.values())
+    for (name, label), colour, hatch in zip(LABELS.items(), LIGHT, HATCHES, strict=True):
+        text = f"{label}  {1e3 * seconds[name]:.1f} ms" if legend else None
+        style: dict[str, Any] = {"color": colour, "hatch": hatch, "edgecolor": "white", "linewidth": 0.6}
+        axes.barh(row, 1e3 * seconds[name], left=1e3 * left, height=0.6, label=text, **style)
+        if seconds[name] >= 0.06 * whole:
+            place: dict[str, Any] = {"ha": "center", "va": "center", "fontsize": 9}
+            box = {"boxstyle": "round,pad=0.15", "facecolor": "white", "edgecolor": "none"}
+            middle = (1e3 * (left + seconds[name] / 2), row)
+            axes.annotate(f"{seconds[name] / whole:.0%}", middle, bbox=box, **place)
+        left += seconds[name]
 
 
 def trace(everyone: Sequence["RankProfile"]) -> Iterator[dict[str, Any]]:

@@ -42,7 +42,16 @@ def out(shards, tmp_path_factory):
         for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "ACCELERATE_USE_DEEPSPEED"):
             patch.delenv(name, raising=False)
         folder = tmp_path_factory.mktemp("profile") / "deep" / "out"
-        extra = ["--run.device", "cpu", "--data.shards", str(shards), "--run.micro-batch", "4"]
+        extra = [
+            "--run.device",
+            "cpu",
+            "--data.shards",
+            str(shards),
+            "--run.micro-batch",
+            "4",
+            "--data.decoder",
+            "dali",
+        ]
         where = ["--steps", "8", "--warmup", "2", "--out", str(folder)]
         assert cli.main(["profile", *OPTIONS.split(), *extra, *where]) == 0
         return folder
