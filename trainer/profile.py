@@ -184,9 +184,9 @@ def _named(path: dict[str, float]) -> dict[str, float]:
 def loader_alone(config: TrainConfig, device: torch.device, batches: int) -> dict[str, Any]:
     """What the training loader costs, in CPU seconds an image, and gives where nothing else runs but other ranks' loaders.
 
-    `plan_and_bytes` is the time of the thread that feeds the decoder (plan, augmentation parameters, where the bytes lie; DALI also
-    takes them over there) and `decode` that of all other threads of the process, which with `data.decoder libjpeg` touch the mapped
-    bytes first; the copy out of DALI is in neither.
+    `plan_and_bytes` is the time of the thread that feeds the decoder (plan, augmentation parameters, where the bytes lie; DALI
+    takes them over there, too) and `decode` that of all other threads of the process, which with `data.decoder libjpeg` are the
+    first to touch the mapped bytes. The copy out of DALI is in neither.
     """
     split = ShardSet.open(config.data.shards).split("train")
     plan, stop = Plan(split.starts, config.plan, config.run.seed), _LOADER_WARMUP + batches + _AHEAD

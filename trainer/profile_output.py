@@ -78,7 +78,7 @@ def _beside(found: dict[str, Any]) -> Iterator[str]:
     )
     yield (
         f"loader alone: {loader['images_per_s']:,.0f} images/s on {loader['threads']} thread(s) of a rank, "
-        f"{loader['images_per_s'] / own:.1f} x what its training takes"
+        f"{loader['images_per_s'] / own:,.3g} x what its training takes"
     )
     yield f"peak memory of a rank: {found['peak_memory_bytes'] / 2**20:,.0f} MiB"
 
