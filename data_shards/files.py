@@ -51,6 +51,19 @@ def filesystem(url: str) -> tuple[Any, str]:
         raise ValueError(f"{url}: {error}") from None
 
 
+def file_system(location: str | os.PathLike[str]) -> tuple[Any, str]:
+    """fsspec's file system of an admitted URL or of this machine, and the path in it.
+
+    Raises:
+        ValueError: see `is_remote` and `filesystem`.
+    """
+    if is_remote(location):
+        return filesystem(os.fspath(location))
+    import fsspec
+
+    return fsspec.filesystem("file"), os.path.abspath(local(location))
+
+
 def open_file(location: str | os.PathLike[str]) -> IO[bytes]:
     """A seekable file to read, here or at a URL.
 

@@ -13,6 +13,9 @@ from numpy.typing import NDArray
 
 from data_shards.commit import HashedFile
 from data_shards.commit import committed as committed  # where others look for it
+from data_shards.files import local
+from data_shards.remote_set import RemoteTars, fetch_manifest, fetch_tables, is_streamed
+from data_shards.stream_config import StreamConfig
 from data_shards.tar_members import BLOCK, header_name, split_name
 
 FORMAT = "facescale-shards"
@@ -50,21 +53,40 @@ _SPLIT_FIELDS = (("start", int), ("identities", int), ("samples", int), ("index_
 
 
 class ShardSet:
-    """A converted collection: its manifest and its splits, without any tar opened yet."""
+    """A converted collection: its manifest and its splits, without any tar opened yet.
 
-    def __init__(self, path: Path, manifest: dict[str, Any]) -> None:
+    Attributes:
+        path: folder of the manifest and the index; of a set that is streamed, their copies in the cache.
+        location: where the tars are: folder or URL, for messages.
+        remote: None where the tars lie in `path`.
+    """
+
+    def __init__(self, path: Path, manifest: dict[str, Any], remote: RemoteTars | None = None) -> None:
         self.path = path
         self.manifest = manifest
+        self.remote = remote
+        self.location = remote.fetcher.location if remote else str(path)
 
     @classmethod
-    def open(cls, path: Path | str) -> Self:
-        """Reads and checks `path`/manifest.json.
+    def open(cls, location: Path | str, stream: StreamConfig | None = None) -> Self:
+        """Reads and checks the manifest of a folder or, through the cache, of a URL.
 
         Raises:
-            ValueError: no manifest there, not ours, of another version, or a field missing or of the wrong type.
+            ValueError: no manifest there, not ours, of another version, or a field missing or of the wrong type; or a URL
+                whose scheme is not admitted, or that cannot be read.
         """
-        path = Path(path)
-        return cls(path, read_manifest(path))
+        stream = stream or StreamConfig()
+        if not is_streamed(location, stream):
+            path = local(location)
+            return cls(path, read_manifest(path))
+        remote, path = fetch_manifest(location, stream, MANIFEST)
+        manifest = read_manifest(path, f"{remote.fetcher.location}/{MANIFEST}")
+        tables = {
+            INDEX: _table_bytes(SAMPLE, sum(split["samples"] for split in manifest["splits"].values())),
+            IDENTITIES: _table_bytes(IDENTITY, sum(split["identities"] for split in manifest["splits"].values())),
+        }
+        fetch_tables(remote, path, tables, manifest["files"])
+        return cls(path, manifest, remote)
 
     @cached_property
     def identity_names(self) -> list[str]:
@@ -88,8 +110,8 @@ class ShardSet:
             ValueError: no such split here, or a tar or the index is missing, of the wrong size or inconsistent.
         """
         if name not in SPLITS or name not in self.splits:
-            raise ValueError(f"{self.path} has no split {name!r}: it has {', '.join(self.splits)}")
-        return Split(self.path, name, self.manifest)
+            raise ValueError(f"{self.location} has no split {name!r}: it has {', '.join(self.splits)}")
+        return Split(self.path, name, self.manifest, self.remote)
 
     def check_identities(self, name: str, samples: NDArray[Any]) -> None:
         """Compares identities.npy with a split's rows of the index, of `SAMPLE`.
@@ -112,21 +134,24 @@ class Split:
 
     Attributes:
         name: one of `SPLITS`.
-        shards: path of each tar; `samples["shard"]` points into it.
+        shards: path of each tar; `samples["shard"]` points into it. Where `remote` is given, no such file need be there.
+        shard_bytes: length of each tar, uint64, shape (s,).
+        remote: where the tars are instead, or None; `reader.open_reader` reads both.
         samples: read-only memory map of `SAMPLE`, shape (n,), sorted by (identity, key).
         identities: labels present, ascending, shape (i,).
         starts: first row of each of them and, last, n: shape (i + 1,).
         counts: samples of each of them, shape (i,).
     """
 
-    def __init__(self, root: Path, name: str, manifest: dict[str, Any]) -> None:
-        self.name = name
+    def __init__(self, root: Path, name: str, manifest: dict[str, Any], remote: RemoteTars | None = None) -> None:
+        self.name, self.remote = name, remote
         self.directory = root / name
         self._root = root
         self._entry = entry = manifest["splits"][name]
         self.shards = [self.directory / shard["name"] for shard in entry["shards"]]
-        self.check_sizes()
-        self._bytes = np.array([shard["bytes"] for shard in entry["shards"]], dtype=np.uint64)
+        if remote is None:
+            self.check_sizes()
+        self.shard_bytes = np.array([shard["bytes"] for shard in entry["shards"]], dtype=np.uint64)
         total = sum(split["samples"] for split in manifest["splits"].values())
         self.samples = map_table(root / INDEX, SAMPLE, total)[entry["start"] : entry["start"] + entry["samples"]]
         own = _identities(root, name, manifest)
@@ -137,16 +162,21 @@ class Split:
         return len(self.samples)
 
     def key(self, sample: int) -> str:
-        """`__key__` of a sample, read from the tar header in front of its image.
+        """`__key__` of a sample, read from the tar header in front of its image; `reader.keys_of` reads many.
 
         Raises:
-            ValueError: there is no USTAR header at that place.
+            ValueError: there is no USTAR header at that place, or it could not be fetched.
         """
         row = self.samples[sample]
-        shard = self.shards[row["shard"]]
-        with shard.open("rb") as tar:
-            tar.seek(int(row["offset"]) - BLOCK)
-            name = header_name(tar.read(BLOCK))
+        shard, start = self.shards[row["shard"]], int(row["offset"]) - BLOCK
+        if self.remote is not None:
+            file = f"{self.name}/{shard.name}"
+            name = header_name(self.remote.cache.read(f"{self.remote.name}/{file}", start, BLOCK))
+            name = name or header_name(self.remote.fetcher.read(file, start, start + BLOCK))
+        else:
+            with shard.open("rb") as tar:
+                tar.seek(start)
+                name = header_name(tar.read(BLOCK))
         if name is None:
             raise ValueError(f"shard {shard} has no tar header before byte {row['offset']:,}: run `facescale verify`")
         return split_name(name)[0]
@@ -181,9 +211,9 @@ class Split:
         Raises:
             ValueError: a row points to no shard or outside its tar.
         """
-        inside = bool((rows["shard"] < len(self._bytes)).all())
+        inside = bool((rows["shard"] < len(self.shard_bytes)).all())
         inside = inside and bool((rows["offset"] >= BLOCK).all())
-        inside = inside and bool((rows["offset"] + rows["size"] <= self._bytes[rows["shard"]]).all())
+        inside = inside and bool((rows["offset"] + rows["size"] <= self.shard_bytes[rows["shard"]]).all())
         if not inside:
             raise ValueError(f"{self._root / INDEX} does not fit its tars: run `facescale verify {self._root}`")
 
@@ -205,13 +235,14 @@ def _identities(root: Path, name: str, manifest: dict[str, Any]) -> NDArray[Any]
     return own
 
 
-def read_manifest(directory: Path) -> dict[str, Any]:
-    """Reads and checks `directory`/manifest.json; see `ShardSet.open`."""
-    path = directory / MANIFEST
+def read_manifest(directory: Path, name: str | None = None) -> dict[str, Any]:
+    """Reads and checks `directory`/manifest.json, which messages call `name`; see `ShardSet.open`."""
+    path: Any = directory / MANIFEST
     if not path.is_file():
         raise ValueError(f"{directory} holds no {MANIFEST}: it is no finished output of `facescale shard`")
     try:
-        manifest = json.loads(path.read_text(encoding="utf-8"))
+        text, path = path.read_text(encoding="utf-8"), name or path
+        manifest = json.loads(text)
     except ValueError as error:
         raise ValueError(f"{path} is not JSON: {error}") from None
     if not isinstance(manifest, dict) or manifest.get("format") != FORMAT:
@@ -240,13 +271,17 @@ def map_table(path: Path, dtype: np.dtype[Any], rows: int) -> NDArray[Any]:
     if not path.is_file():
         raise ValueError(f"{path} is missing: convert again")
     header = _header(dtype, rows)
-    size, expected = path.stat().st_size, len(header) + rows * dtype.itemsize
+    size, expected = path.stat().st_size, _table_bytes(dtype, rows)
     if size != expected:
         raise ValueError(f"{path} is {size:,} bytes, one of {rows:,} rows has {expected:,}: convert again")
     with path.open("rb") as file:
         if file.read(len(header)) != header:
             raise ValueError(f"{path} does not begin like one of {rows:,} rows: convert again")
     return np.memmap(path, dtype, "r", offset=len(header), shape=(rows,))
+
+
+def _table_bytes(dtype: np.dtype[Any], rows: int) -> int:
+    return len(_header(dtype, rows)) + rows * dtype.itemsize
 
 
 def _header(dtype: np.dtype[Any], rows: int) -> bytes:

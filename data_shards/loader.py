@@ -15,11 +15,9 @@ from data_shards.cpu_decode import CpuDecoder
 from data_shards.decode import HARDWARE_LOAD, DecodeError, Decoder, Encoded
 from data_shards.index import Split
 from data_shards.plan import Draws, Plan, contiguous_slice, per_rank
-from data_shards.reader import TarReader
+from data_shards.reader import open_reader
 
 _DECODERS = Literal["auto", "dali", "libjpeg"]
-READ_AHEAD = 4
-"""Batches whose bytes the kernel is asked for before they are needed."""
 
 
 @dataclass(frozen=True)
@@ -85,7 +83,7 @@ class Loader:
     """Key of each sample that was replaced, by sample id."""
 
     def __post_init__(self) -> None:
-        self._reader = TarReader(self.split)
+        self._reader = open_reader(self.split)
         self._fed: deque[Draws] = deque()
         self._colours: deque[np.ndarray] = deque()
         self._again: deque[Draws] = deque()
@@ -136,8 +134,8 @@ class Loader:
         )
 
     def _next_draws(self) -> Draws:
-        """The next draws, after asking the kernel for the bytes of those `READ_AHEAD` batches further on."""
-        while len(self._coming) <= READ_AHEAD and (draws := next(self.draws, None)) is not None:
+        """The next draws, after asking for the bytes of those some batches further on."""
+        while len(self._coming) <= self._reader.read_ahead_batches and (draws := next(self.draws, None)) is not None:
             self._reader.read_ahead(draws.samples)
             self._coming.append(draws)
         if not self._coming:

@@ -1,4 +1,4 @@
-"""Byte ranges out of shards: memory-mapped, read ahead by the kernel, never copied in Python."""
+"""Byte ranges out of shards: memory-mapped, read ahead by the kernel, never copied in Python; and the choice of the reader."""
 
 import mmap
 from functools import cache
@@ -8,10 +8,15 @@ from numpy.typing import NDArray
 
 from data_shards.index import Split
 from data_shards.plan import Ints
+from data_shards.remote_reader import RemoteReader
+from data_shards.tar_members import BLOCK, header_name, split_name
 
 
 class TarReader:
     """Encoded images of a split by sample id. The split's tars were checked to be as long as the manifest says."""
+
+    read_ahead_batches = 4
+    """Batches whose bytes the kernel is asked for before they are needed."""
 
     def __init__(self, split: Split) -> None:
         self._split = split
@@ -43,3 +48,31 @@ class TarReader:
         for shard, offset, size in zip(*(rows[name].tolist() for name in ("shard", "offset", "size")), strict=True):
             begin = offset - offset % mmap.PAGESIZE
             self._map(shard)[0].madvise(mmap.MADV_WILLNEED, begin, offset + size - begin)
+
+
+def open_reader(split: Split) -> TarReader | RemoteReader:
+    """The reader that suits where the split's tars are."""
+    return TarReader(split) if split.remote is None else RemoteReader(split)
+
+
+def keys_of(split: Split, samples: Ints) -> list[str]:
+    """`Split.key` of many samples: each tar is opened once.
+
+    Raises:
+        ValueError: there is no USTAR header at a sample's place.
+    """
+    if split.remote is not None:
+        return RemoteReader(split).keys(samples)
+    rows = split.samples[samples]
+    keys = [""] * len(samples)
+    for shard in np.unique(rows["shard"]).tolist():
+        with split.shards[shard].open("rb") as tar:
+            for place in np.flatnonzero(rows["shard"] == shard).tolist():
+                tar.seek(int(rows["offset"][place]) - BLOCK)
+                name = header_name(tar.read(BLOCK))
+                if name is None:
+                    raise ValueError(
+                        f"shard {split.shards[shard]} has no tar header where one is: run `facescale verify`"
+                    )
+                keys[place] = split_name(name)[0]
+    return keys

@@ -22,7 +22,7 @@ def add_embed(add: ADD) -> None:
     parser.add_argument(
         "out", type=Path, metavar="OUT", help="folder to make: embeddings.npy, identities.npy, keys.txt"
     )
-    parser.add_argument("--shards", type=Path, help="shards to embed; the run's own if not given")
+    parser.add_argument("--shards", help="shards to embed, folder or URL; the run's own if not given")
     parser.add_argument("--split", default="unseen_identities", help="train, unseen_identities or unseen_images")
     _add_options(parser)
 
@@ -45,7 +45,7 @@ def add_evaluate(add: ADD) -> None:
     text = "Judge a checkpoint on held-out identities and images, raw pixels beside it, and on the field's test sets."
     parser = add("evaluate", f"{text} {_MANY.format('evaluate')}", _evaluate)
     parser.add_argument("run", type=Path, metavar="RUN", help="run folder of `facescale train`")
-    parser.add_argument("--shards", type=Path, help="shards to evaluate on; the run's own if not given")
+    parser.add_argument("--shards", help="shards to evaluate on, folder or URL; the run's own if not given")
     _add_options(parser)
     _add_protocol(parser.add_argument_group("protocol"))
     add_set_options(parser)

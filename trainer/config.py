@@ -19,6 +19,7 @@ import yaml
 from data_shards.augment import AugmentConfig
 from data_shards.loader import LoaderConfig
 from data_shards.plan import PlanConfig
+from data_shards.stream_config import StreamConfig
 
 CONFIG = "config.yaml"
 """Name of a run's settings in its folder."""
@@ -26,8 +27,10 @@ CONFIG = "config.yaml"
 
 @dataclass(kw_only=True, frozen=True)
 class DataConfig(LoaderConfig):
-    shards: Path = Path("shards")
-    """Folder written by `facescale shard`."""
+    shards: str = "shards"
+    """Folder written by `facescale shard`, or its URL: s3://, gs://, az://, hf://, https://, http://."""
+    stream: StreamConfig = field(default_factory=StreamConfig)
+    """How shards at a URL are read and cached."""
 
 
 @dataclass(kw_only=True, frozen=True)
@@ -339,7 +342,7 @@ def _convert(kind: Any, value: Any, where: str) -> Any:
     if kind is float and isinstance(value, int | float | str) and not isinstance(value, bool):
         with contextlib.suppress(ValueError, OverflowError):
             return float(value)  # YAML reads 1e-3 as a string
-    if kind in (int, bool) and type(value) is kind:
+    if kind in (int, bool, str) and type(value) is kind:
         return value
     allowed = " or ".join(map(str, members)) if origin is Literal else getattr(kind, "__name__", str(kind))
     if origin is tuple:

@@ -56,7 +56,7 @@ def train(config: TrainConfig, accelerator: Accelerator, watchdog: Watchdog, ask
         ValueError: a setting, the shards or the run folder are not usable, ranks differ, or a loss is not finite.
         Preempted: somebody asked a rank to stop; all have saved the same step.
     """
-    shards = ShardSet.open(config.data.shards)
+    shards = ShardSet.open(config.data.shards, config.data.stream)
     split = shards.split("train")
     plan = Plan(split.starts, config.plan, config.run.seed)
     batch_size = per_rank(config.plan, world_size())

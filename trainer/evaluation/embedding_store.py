@@ -26,6 +26,7 @@ from torch import Tensor
 from data_shards.index import Split
 from data_shards.loader import LoaderConfig, evaluation_loader
 from data_shards.progress import progress
+from data_shards.reader import keys_of
 from trainer.collectives import barrier, gather_objects, rank, world_size
 from trainer.evaluation.embed import BATCH, Function, Pace, check_decoded, embeddings_of, evaluating, labels
 
@@ -179,10 +180,14 @@ def _begin(folder: Path, wanted: dict[str, Any], split: Split, samples: np.ndarr
         os.posix_fallocate(file.fileno(), 0, first + shape[0] * shape[1] * DTYPES[wanted["dtype"]].itemsize)
     np.save(folder / IDENTITIES, labels(split, samples).numpy())
     with (folder / KEYS).open("w") as text:
-        text.writelines(f"{split.key(sample)}\n" for sample in (range(len(split)) if samples is None else samples))
+        text.writelines(f"{key}\n" for key in keys_of(split, _ids(split, samples)))
     chunk = BATCH * min(_CHUNK_BATCHES, max(1, shape[0] // (BATCH * _FEWEST_CHUNKS)))
     (folder / _DONE).write_bytes(bytes(-(-shape[0] // chunk)))
     _write(folder / MANIFEST, wanted | {"chunk": chunk, "first_byte": first, "complete": False})
+
+
+def _ids(split: Split, samples: np.ndarray | None) -> np.ndarray:
+    return np.arange(len(split)) if samples is None else np.asarray(samples, np.int64)
 
 
 def _write_header(file: IO[bytes], dtype: Any, shape: tuple[int, int]) -> int:
@@ -199,7 +204,7 @@ def _fill(
     device: torch.device | str,
 ) -> Pace:
     """Embeds this rank's share of the chunks that are not done."""
-    ids = np.arange(len(split)) if samples is None else np.asarray(samples, np.int64)
+    ids = _ids(split, samples)
     barrier()  # no rank looks at what is done while another already writes
     left = np.flatnonzero(np.fromfile(folder / _DONE, np.uint8) == 0)
     barrier()

@@ -121,7 +121,7 @@ def encoder_of(run: Path, options: EmbedOptions, device: str) -> tuple[TrainConf
 def evaluate(
     run: Path,
     *,
-    shards: Path | None = None,
+    shards: Path | str | None = None,
     protocol: ProtocolConfig | None = None,
     sets: SetsConfig | None = None,
     options: EmbedOptions | None = None,
@@ -137,10 +137,10 @@ def evaluate(
     """
     protocol, sets, options = protocol or ProtocolConfig(), sets or SetsConfig(), options or EmbedOptions()
     config, encoder = encoder_of(run, options, device)
-    source = ShardSet.open(shards or config.data.shards)
+    source = ShardSet.open(shards or config.data.shards, config.data.stream)
     held_out = [name for name in SETS if name in source.splits]
     if not held_out and not (sets.pairs or sets.bins or sets.ijb or sets.distractors):
-        raise ValueError(f"{source.path} holds nothing out: shard with --holdout-identities or --holdout-images")
+        raise ValueError(f"{source.location} holds nothing out: shard with --holdout-identities or --holdout-images")
     if "unseen_identities" in held_out:
         identities = source.split("unseen_identities").samples["identity"]
         check_open_set(torch.from_numpy(identities.astype(np.int64)), protocol)
@@ -314,7 +314,7 @@ def write_embeddings(
     run: Path,
     out: Path,
     *,
-    shards: Path | None = None,
+    shards: Path | str | None = None,
     split: str = "unseen_identities",
     options: EmbedOptions | None = None,
     device: str = "cpu",
@@ -326,5 +326,5 @@ def write_embeddings(
     """
     options = options or EmbedOptions()
     config, encoder = encoder_of(run, options, device)
-    opened = ShardSet.open(shards or config.data.shards).split(split)
+    opened = ShardSet.open(shards or config.data.shards, config.data.stream).split(split)
     return embed_to(out, encoder, opened, fingerprint=opened.fingerprint, dtype=options.dtype, device=device)

@@ -7,7 +7,7 @@ import numpy as np
 from PIL import Image, ImageOps, UnidentifiedImageError
 
 from data_shards.index import Split
-from data_shards.reader import TarReader
+from data_shards.reader import open_reader
 
 SIDE = 64
 """Longest side in pixels."""
@@ -23,7 +23,7 @@ def thumbnails(split: Split, samples: np.ndarray) -> list[bytes | None]:
     Raises:
         ValueError: the index points outside a tar.
     """
-    return [thumbnail(encoded.tobytes()) for encoded in TarReader(split).read(samples)]
+    return [thumbnail(encoded.tobytes()) for encoded in open_reader(split).read(samples)]
 
 
 def thumbnail(encoded: bytes) -> bytes | None:

@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from data_shards.index import ShardSet, Split
-from data_shards.reader import TarReader
+from data_shards.reader import open_reader
 from trainer.evaluation.measures import Scalars
 from trainer.evaluation.protocols import SetResult
 from trainer.evaluation.search.rank_search import search
@@ -100,9 +100,9 @@ def _repeats(split: Split, unseen: Split) -> NDArray[np.bool_]:
     theirs, ours = _checksums(split), _checksums(unseen)
     found = np.isin(theirs, ours)
     alike = np.flatnonzero(np.isin(ours, theirs[found]))
-    known = {sha256(data.tobytes()).digest() for data in TarReader(unseen).read(alike)}
+    known = {sha256(data.tobytes()).digest() for data in open_reader(unseen).read(alike)}
     candidates = np.flatnonzero(found)
-    found[candidates] = [sha256(data.tobytes()).digest() in known for data in TarReader(split).read(candidates)]
+    found[candidates] = [sha256(data.tobytes()).digest() in known for data in open_reader(split).read(candidates)]
     return found
 
 

@@ -8,8 +8,9 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from data_shards.index import BLOCK, ShardSet, Split, header_name, split_name
+from data_shards.index import ShardSet, Split
 from data_shards.listing import MAX_KEY, unique_stems
+from data_shards.reader import keys_of
 from data_shards.sources.base import extension_of
 from trainer.evaluation.sets.prepared import Part, named_missing
 
@@ -139,27 +140,6 @@ def _stems(image: str, prefix: int) -> Iterator[str]:
     if extension_of(image) is not None:
         yield unique_stems([image[: image.rfind(".")]], MAX_KEY - 1 - prefix)[0]
     yield unique_stems([image], MAX_KEY - 1 - prefix)[0]
-
-
-def keys_of(split: Split, samples: NDArray[np.int64]) -> list[str]:
-    """`Split.key` of many samples: each tar is opened once.
-
-    Raises:
-        ValueError: there is no USTAR header at a sample's place.
-    """
-    rows = split.samples[samples]
-    keys = [""] * len(samples)
-    for shard in np.unique(rows["shard"]).tolist():
-        with split.shards[shard].open("rb") as tar:
-            for place in np.flatnonzero(rows["shard"] == shard).tolist():
-                tar.seek(int(rows["offset"][place]) - BLOCK)
-                name = header_name(tar.read(BLOCK))
-                if name is None:
-                    raise ValueError(
-                        f"shard {split.shards[shard]} has no tar header where one is: run `facescale verify`"
-                    )
-                keys[place] = split_name(name)[0]
-    return keys
 
 
 def _lfw(path: Path, lines: list[str]) -> Iterator[Pair]:

@@ -15,10 +15,11 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from data_shards.index import ShardSet
+from data_shards.reader import keys_of
 from data_shards.sources.insightface_bin import InsightFaceBin
 from trainer.evaluation.measures import Curves, Scalars, operating_point, thinned
 from trainer.evaluation.protocols import SetResult
-from trainer.evaluation.sets.pair_lists import find_images, folds_of, folds_share_identities, keys_of, read_pairs
+from trainer.evaluation.sets.pair_lists import find_images, folds_of, folds_share_identities, read_pairs
 from trainer.evaluation.sets.prepared import Embed, Part, Report, embed_parts, named_missing
 from trainer.metric.distances import cosines_of_pairs
 from trainer.metric.templates import roc_at_genuine

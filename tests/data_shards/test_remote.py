@@ -1,0 +1,501 @@
+"""Shards at a URL or on a slow disk: the same bytes as from a folder, or one clear line after the stated attempts."""
+
+import multiprocessing
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+
+import fsspec
+import numpy as np
+import pytest
+from collections_on_disk import encoded
+from store_server import drops, fails, lies, refuses, slow, stalls, store_of, truncates, well
+
+from data_shards.augment import AugmentConfig
+from data_shards.convert import ConvertConfig, convert
+from data_shards.index import ShardSet
+from data_shards.loader import LoaderConfig, training_loader
+from data_shards.plan import Plan, PlanConfig
+from data_shards.reader import TarReader, keys_of, open_reader
+from data_shards.remote_cache import TarCache
+from data_shards.remote_ranges import Place, runs
+from data_shards.remote_reader import RemoteReader
+from data_shards.stream_config import StreamConfig
+
+COUNTS = {"ann": 9, "bob": 7, "cy": 12, "dee": 8, "eve": 4}
+TOTAL = 40
+EVERYTHING = np.arange(TOTAL)
+QUICK = {"backoff_s": 0.01, "timeout_s": 5.0, "connections": 4}
+
+
+@pytest.fixture(scope="module")
+def shards(tmp_path_factory):
+    """A converted set of 40 pictures in several tars."""
+    root = tmp_path_factory.mktemp("remote")
+    number = iter(range(TOTAL))
+    for name, count in COUNTS.items():
+        (root / "pictures" / name).mkdir(parents=True)
+        for place in range(count):
+            picture = encoded(31 * next(number), size=(64, 48), mode="RGB")
+            (root / "pictures" / name / f"{place:03d}.jpg").write_bytes(picture)
+    convert(root / "pictures", root / "shards", ConvertConfig(workers=1, shard_bytes=25_000))
+    split = ShardSet.open(root / "shards").split("train")
+    assert len(split.shards) >= 4
+    assert len(split) == TOTAL
+    return root / "shards"
+
+
+@pytest.fixture
+def store(shards):
+    with store_of(shards) as server:
+        yield server
+
+
+def config_of(folder, **settings):
+    return StreamConfig(cache_dir=folder / "cache", **{**QUICK, **settings})
+
+
+def opened(store, folder, **settings):
+    return ShardSet.open(store.url, config_of(folder, **settings)).split("train")
+
+
+def all_bytes(split, samples=EVERYTHING):
+    return [bytes(image) for image in open_reader(split).read(samples)]
+
+
+def local_bytes(shards, samples=EVERYTHING):
+    return [bytes(image) for image in TarReader(ShardSet.open(shards).split("train")).read(samples)]
+
+
+def on_disk(folder):
+    return sum(path.stat().st_blocks * 512 for path in folder.rglob("*") if path.is_file())
+
+
+def copies(folder):
+    return sorted(folder.rglob("*.tar.part"))
+
+
+# the same bytes
+
+
+@pytest.mark.parametrize("cache_gb", [0, 1])
+@pytest.mark.parametrize("samples", [range(TOTAL), [39, 0, 7, 21], [4, 4, 4], [6], []])
+def test_a_store_gives_the_bytes_of_the_folder_in_the_order_asked_for(store, shards, tmp_path, samples, cache_gb):
+    ids = np.array(list(samples), np.int64)
+    split = opened(store, tmp_path, cache_gb=cache_gb)
+    assert isinstance(open_reader(split), RemoteReader)
+    assert all_bytes(split, ids) == local_bytes(shards, ids)
+
+
+def test_a_memory_store_and_a_cached_slow_disk_give_them_too(shards, tmp_path):
+    memory = fsspec.filesystem("memory")
+    memory.put(str(shards), "/facescale-remote", recursive=True)
+    try:
+        split = ShardSet.open("memory://facescale-remote", config_of(tmp_path / "a")).split("train")
+        assert all_bytes(split) == local_bytes(shards)
+    finally:
+        memory.rm("/facescale-remote", recursive=True)
+    split = ShardSet.open(shards, config_of(tmp_path / "b", cache_local=True)).split("train")
+    assert isinstance(open_reader(split), RemoteReader)
+    assert all_bytes(split) == local_bytes(shards)
+    assert copies(tmp_path / "b")
+
+
+def test_a_folder_is_mapped_as_ever_unless_the_cache_is_asked_for(shards, tmp_path):
+    split = ShardSet.open(shards, config_of(tmp_path)).split("train")
+    assert isinstance(open_reader(split), TarReader)
+    assert not (tmp_path / "cache").exists()
+
+
+def test_batches_are_those_of_the_folder_bit_for_bit(store, shards, tmp_path):
+    plan_config = PlanConfig(identities_per_batch=4, images_per_identity=2)
+    loader_config = LoaderConfig(image_size=32, decode_threads=1)
+
+    def batches(split):
+        plan = Plan(split.starts, plan_config, seed=3)
+        loader = training_loader(split, plan, loader_config, AugmentConfig(), stop=2 * plan.steps_per_epoch)
+        return [(batch.images.clone(), batch.identities, batch.samples, batch.colour) for batch in loader]
+
+    here, there = batches(ShardSet.open(shards).split("train")), batches(opened(store, tmp_path))
+    assert len(here) == len(there) > 6
+    assert all(one.equal(other) for pair in zip(here, there, strict=True) for one, other in zip(*pair, strict=True))
+
+
+def test_keys_come_with_the_pictures(store, shards, tmp_path):
+    split = opened(store, tmp_path)
+    expected = keys_of(ShardSet.open(shards).split("train"), EVERYTHING)
+    assert keys_of(split, EVERYTHING) == expected == sorted(expected)
+    requests = len(store.requests)
+    assert [split.key(sample) for sample in (0, 17, 39)] == [expected[sample] for sample in (0, 17, 39)]
+    assert len(store.requests) == requests
+
+
+def test_a_key_alone_is_fetched_too(store, shards, tmp_path):
+    assert opened(store, tmp_path, cache_gb=0).key(12) == ShardSet.open(shards).split("train").key(12)
+
+
+# what is fetched, and how often
+
+
+def test_what_was_read_once_comes_from_the_cache_also_for_another_process(store, shards, tmp_path):
+    assert all_bytes(opened(store, tmp_path)) == local_bytes(shards)
+    fetched = len(store.asked(".tar"))
+    split = opened(store, tmp_path)
+    reader = open_reader(split)
+    assert [bytes(image) for image in reader.read(EVERYTHING)] == local_bytes(shards)
+    assert (len(store.asked(".tar")), reader.ranges.requests, reader.ranges.hits) == (fetched, 0, TOTAL)
+
+
+def test_small_files_are_fetched_once_and_the_manifest_each_time(store, tmp_path):
+    for _ in range(3):
+        opened(store, tmp_path)
+    assert [len(store.asked(name)) for name in ("manifest.json", "index.npy", "identities.npy")] == [3, 1, 1]
+
+
+def test_neighbours_are_fetched_as_one_range(store, shards, tmp_path):
+    reader = open_reader(opened(store, tmp_path))
+    reader.read(EVERYTHING)
+    assert reader.ranges.requests == len(ShardSet.open(shards).split("train").shards)
+
+
+def test_runs_by_hand():
+    places = [Place(0, 10, 0, 0), Place(12, 20, 0, 1), Place(30, 40, 0, 2), Place(40, 45, 0, 3)]
+
+    def found(gap, most):
+        return [[place.sample for place in run] for run in runs(places, gap, most)]
+
+    assert found(2, 100) == [[0, 1], [2, 3]]
+    assert found(1, 100) == [[0], [1], [2, 3]]
+    assert found(10, 100) == [[0, 1, 2, 3]]
+    assert found(10, 40) == [[0, 1, 2], [3]]
+    assert found(100, 1) == [[0], [1], [2], [3]]
+    assert list(runs([], 5)) == []
+
+
+def test_what_was_read_ahead_is_not_fetched_again_and_is_let_go_of(store, shards, tmp_path):
+    reader = open_reader(opened(store, tmp_path, cache_gb=0, coalesce_kb=0))
+    first, second = np.array([3, 1, 3, 20]), np.array([20, 8])
+    for samples in (first, second):
+        reader.read_ahead(samples)
+    assert [bytes(image) for image in reader.read(first)] == local_bytes(shards, first)
+    assert [bytes(image) for image in reader.read(second)] == local_bytes(shards, second)
+    assert reader.ranges.requests == 4
+    assert not reader._ahead
+    assert not reader._wanted
+    reader.read(first)
+    assert reader.ranges.requests == 7
+
+
+def test_reading_ahead_does_not_wait(store, tmp_path):
+    reader = open_reader(opened(store, tmp_path))
+    store.faults, store.stays = [slow(0.4)], True
+    begun = time.monotonic()
+    reader.read_ahead(EVERYTHING)
+    assert time.monotonic() - begun < 0.2
+    reader.read(EVERYTHING)
+    assert time.monotonic() - begun > 0.4
+
+
+def test_a_reader_that_is_dropped_ends_its_threads(store, tmp_path):
+    before = threading.active_count()
+    split = opened(store, tmp_path)
+    open_reader(split).read(EVERYTHING)
+    assert threading.active_count() > before
+    del split
+    patience = time.monotonic() + 5
+    while [t for t in threading.enumerate() if t.name.startswith("facescale-fetch")] and time.monotonic() < patience:
+        time.sleep(0.02)
+    assert not [t for t in threading.enumerate() if t.name.startswith("facescale-fetch")]
+
+
+# faults
+
+
+FAULTS = {
+    "500": fails(500),
+    "503": fails(503),
+    "429": fails(429),
+    "drops": drops,
+    "truncates": truncates,
+    "lies": lies,
+    "refuses": refuses,
+    "stalls": stalls(1.5),
+}
+
+
+@pytest.mark.parametrize("name", FAULTS)
+def test_a_store_that_fails_now_and_then_costs_further_attempts_alone(store, shards, tmp_path, name):
+    split = opened(store, tmp_path, retries=3, timeout_s=0.5, connections=1)
+    store.faults = [FAULTS[name], well, FAULTS[name], FAULTS[name], FAULTS[name]]
+    assert all_bytes(split) == local_bytes(shards)
+    assert not store.faults
+
+
+SAID = {
+    "500": "the server answered 500 Internal Server Error",
+    "503": "the server answered 503 Service Unavailable",
+    "429": "the server answered 429 Too Many Requests",
+    "drops": "ClientPayloadError ",
+    "truncates": r"[\d,]+ bytes came instead of [\d,]+",
+    "lies": r"1 of \d+ pictures differ from the index \(CRC-32\)",
+    "refuses": "ServerDisconnectedError Server disconnected",
+    "stalls": r"nothing whole came within 0.3 s \(data.stream.timeout_s\)",
+}
+
+
+@pytest.mark.parametrize("retries", [0, 2])
+@pytest.mark.parametrize("name", FAULTS)
+def test_a_store_that_goes_on_failing_ends_in_one_line_after_the_stated_attempts(store, tmp_path, name, retries):
+    split = opened(store, tmp_path, retries=retries, timeout_s=0.3)
+    store.faults, store.stays = [FAULTS[name]], True
+    sample = np.array([11])
+    before = len(store.asked(".tar"))
+    file = f"train/{split.shards[split.samples['shard'][11]].name}"
+    message = (
+        rf"^{store.url}/{file}, bytes [\d,]+ to [\d,]+: {SAID[name]}.*; that was the last of {retries + 1} attempts in "
+        rf"\d+\.\d s \(data.stream.retries is {retries}\)$"
+    )
+    with pytest.raises(ValueError, match=message) as raised:
+        open_reader(split).read(sample)
+    assert "\n" not in str(raised.value)
+    own = 2 if name == "refuses" else 1  # aiohttp asks once more by itself when a connection ends before any answer
+    assert len(store.asked(".tar")) - before == own * (retries + 1)
+    assert not copies(tmp_path)
+
+
+def test_pauses_double_and_are_drawn_from_their_upper_half(store, tmp_path, monkeypatch):
+    split = opened(store, tmp_path, retries=9, backoff_s=0.5)
+    pauses = []
+    monkeypatch.setattr("data_shards.remote_fetch.time.sleep", pauses.append)
+    store.faults, store.stays = [fails(503)], True
+    with pytest.raises(ValueError, match="last of 10 attempts"):
+        open_reader(split).read(np.array([1]))
+    for pause, longest in zip(pauses, [0.5, 1, 2, 4, 8, 16, 30, 30, 30], strict=True):
+        assert longest / 2 <= pause <= longest
+
+
+@pytest.mark.parametrize(
+    ("status", "said"), [(403, "the server answered 403 Forbidden"), (404, "there is no such file")]
+)
+def test_what_another_attempt_cannot_mend_is_tried_once(store, tmp_path, status, said):
+    split = opened(store, tmp_path)
+    store.faults, store.stays = [fails(status)], True
+    before = len(store.requests)
+    with pytest.raises(ValueError, match=rf"bytes [\d,]+ to [\d,]+: {said}$"):
+        open_reader(split).read(np.array([1]))
+    assert len(store.requests) == before + 1
+
+
+def test_a_server_without_ranges_is_named(store, tmp_path):
+    split = opened(store, tmp_path, retries=1)
+    store.ranges = False
+    with pytest.raises(ValueError, match="does the server answer Range requests"):
+        open_reader(split).read(np.array([1]))
+
+
+def test_a_fault_in_the_middle_of_training_comes_out_of_the_loader_as_it_is(store, tmp_path):
+    split = opened(store, tmp_path, retries=1, read_ahead_batches=1)
+    plan = Plan(split.starts, PlanConfig(identities_per_batch=4, images_per_identity=2))
+    for decoder in ("libjpeg", "dali"):
+        store.faults, store.stays = [], False
+        loader_config = LoaderConfig(image_size=32, decode_threads=1, decoder=decoder)
+        loader = training_loader(split, plan, loader_config, AugmentConfig())
+        next(loader)
+        for copy in copies(tmp_path):
+            copy.unlink()
+        store.faults, store.stays = [fails(500)], True
+        with pytest.raises(ValueError, match=r"answered 500 .* last of 2 attempts"):
+            for _ in range(50):
+                next(loader)
+
+
+@pytest.mark.parametrize("name", ["500", "drops", "truncates", "lies", "stalls"])
+def test_the_small_files_are_tried_again_too(store, shards, tmp_path, name):
+    store.pattern, store.faults = r"\.(json|npy)$", [FAULTS[name], FAULTS[name], well, FAULTS[name]]
+    split = opened(store, tmp_path, timeout_s=0.5)
+    assert split.samples.tobytes() == ShardSet.open(shards).split("train").samples.tobytes()
+
+
+def test_an_index_of_another_set_ends_in_one_line(store, tmp_path):
+    store.pattern, store.faults, store.stays = r"index\.npy$", [lies], True
+    with pytest.raises(ValueError, match=rf"^{store.url}/index.npy is not the file that its manifest names .* 3 times"):
+        opened(store, tmp_path, retries=2)
+    assert not list(tmp_path.rglob("index.npy*"))
+
+
+def test_a_url_without_a_set_and_an_unknown_scheme_are_refused(store, tmp_path):
+    with pytest.raises(ValueError, match=rf"^{store.url}/none/manifest.json: there is no such file$"):
+        ShardSet.open(f"{store.url}/none", config_of(tmp_path))
+    with pytest.raises(ValueError, match="is not a URL that we read"):
+        ShardSet.open("pipe://cat", config_of(tmp_path))
+
+
+def test_a_cache_folder_that_cannot_be_is_named(store, tmp_path):
+    (tmp_path / "cache").write_text("")
+    with pytest.raises(ValueError, match=rf"^data.stream.cache_dir {tmp_path}/cache cannot be written to"):
+        opened(store, tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [("cache_gb", -1), ("cache_gb", float("nan")), ("retries", -1), ("timeout_s", 0), ("connections", 0)],
+)
+def test_settings_outside_their_range_are_refused(name, value):
+    with pytest.raises(ValueError, match=f"^data.stream.{name} is {value}; allowed is "):
+        StreamConfig(**{name: value})
+
+
+# the cache
+
+
+def test_a_damaged_cut_or_empty_copy_is_fetched_again_and_mended(store, shards, tmp_path):
+    split = opened(store, tmp_path)
+    all_bytes(split)
+    cut, zeroed, *others = copies(tmp_path)
+    os.truncate(cut, cut.stat().st_size // 2)
+    zeroed.write_bytes(bytes(zeroed.stat().st_size))
+    with others[0].open("r+b") as file:
+        file.seek(int(split.samples["offset"][np.flatnonzero(split.samples["shard"] == 2)[0]]) + 9)
+        file.write(b"\x55")
+    before = len(store.asked(".tar"))
+    assert all_bytes(split) == local_bytes(shards)
+    assert len(store.asked(".tar")) - before == 3
+    assert all_bytes(split) == local_bytes(shards)
+    assert len(store.asked(".tar")) - before == 3
+
+
+def test_the_limit_holds_in_bytes_on_the_disk(store, shards, tmp_path):
+    assert on_disk(shards / "train") > 100_000
+    limit = 80_000
+    split = opened(store, tmp_path, cache_gb=limit / 1e9, coalesce_kb=0)
+    reader, order = open_reader(split), np.random.default_rng(1)
+    for _ in range(30):
+        samples = order.choice(TOTAL, 8, replace=False)
+        assert [bytes(image) for image in reader.read(samples)] == local_bytes(shards, samples)
+        assert on_disk(tmp_path / "cache") <= limit
+    assert copies(tmp_path)
+    assert reader.ranges.hits > 0
+
+
+def test_what_was_used_longest_ago_goes_first(tmp_path):
+    cache = TarCache(tmp_path, limit=90_000)
+    for number in range(3):
+        assert cache.write(f"set/{number}.tar", 0, bytes([number + 1]) * 20_000)
+        os.utime(tmp_path / f"set/{number}.tar.part", (number, number))
+    cache.touch("set/0.tar")
+    assert cache.write("set/3.tar", 0, b"x" * 20_000)
+    assert [bool(cache.read(f"set/{number}.tar", 0, 5)) for number in range(4)] == [True, False, True, True]
+    assert not cache.write("set/4.tar", 0, bytes(200_000))
+
+
+KILLED = """
+import sys, numpy as np
+from pathlib import Path
+from data_shards.index import ShardSet
+from data_shards.reader import open_reader
+from data_shards.stream_config import StreamConfig
+stream = StreamConfig(cache_dir=Path(sys.argv[2]), coalesce_kb=0, cache_gb=float(sys.argv[3]))
+reader = open_reader(ShardSet.open(sys.argv[1], stream).split("train"))
+print("ready", flush=True)
+while True:
+    reader.read(np.random.default_rng().permutation(40)[:8])
+"""
+
+
+def test_a_reader_that_is_killed_leaves_nothing_wrong_in_the_cache(store, shards, tmp_path):
+    limit = 80_000
+    for number in range(4):
+        command = [sys.executable, "-c", KILLED, store.url, str(tmp_path / "cache"), str(limit / 1e9)]
+        child = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
+        assert child.stdout.readline() == "ready\n"
+        time.sleep(0.05 + 0.1 * number)
+        child.send_signal(signal.SIGKILL)
+        child.wait()
+        child.stdout.close()
+        assert on_disk(tmp_path / "cache") <= limit
+    assert all_bytes(opened(store, tmp_path, cache_gb=limit / 1e9)) == local_bytes(shards)
+
+
+def read_all(url, folder, limit, seed, expected):
+    split = ShardSet.open(url, StreamConfig(cache_dir=folder, cache_gb=limit / 1e9, **QUICK)).split("train")
+    reader, order = open_reader(split), np.random.default_rng(seed)
+    for _ in range(40):
+        samples = order.permutation(TOTAL)[:10]
+        found = [bytes(image) for image in reader.read(samples)]
+        assert found == [expected[sample] for sample in samples]
+        assert on_disk(Path(folder)) <= limit
+
+
+@pytest.mark.parametrize("limit", [80_000, 10_000_000])
+def test_two_processes_share_a_cache(store, shards, tmp_path, limit):
+    context = multiprocessing.get_context("spawn")
+    arguments = (store.url, tmp_path / "cache", limit)
+    readers = [context.Process(target=read_all, args=(*arguments, seed, local_bytes(shards))) for seed in range(2)]
+    for reader in readers:
+        reader.start()
+    for reader in readers:
+        reader.join()
+    assert [reader.exitcode for reader in readers] == [0, 0]
+    assert len(store.asked("index.npy")) == 1
+
+
+# whole tars
+
+
+def test_whole_tars_are_fetched_once_in_order_and_pictures_wait_for_them(store, shards, tmp_path):
+    split = opened(store, tmp_path, connections=2)
+    reader = open_reader(split)
+    store.faults, store.stays = [slow(0.1)], True
+    reader.hold([2, 0])
+    wanted = np.flatnonzero(np.isin(split.samples["shard"], [0, 2]))
+    assert [bytes(image) for image in reader.read(wanted)] == local_bytes(shards, wanted)
+    assert [path for path, _, _ in store.asked(".tar")] == ["/train/000002.tar", "/train/000000.tar"]
+    reader.hold([0, 1])
+    other = np.flatnonzero(split.samples["shard"] == 1)
+    assert [bytes(image) for image in reader.read(other)] == local_bytes(shards, other)
+    assert len(store.asked(".tar")) == 3
+
+
+def test_of_two_readers_one_fetches_a_whole_tar(store, tmp_path):
+    readers = [open_reader(opened(store, tmp_path)) for _ in range(2)]
+    store.faults, store.stays = [slow(0.1)], True
+    for reader in readers:
+        reader.hold([0, 1, 2])
+    for reader in readers:
+        reader.read(np.flatnonzero(reader.ranges.split.samples["shard"] <= 2))
+    assert len(store.asked(".tar")) == 3
+
+
+def test_a_whole_tar_that_a_killed_process_began_is_only_completed(store, tmp_path):
+    split = opened(store, tmp_path)
+    mine = np.flatnonzero(split.samples["shard"] == 1)
+    open_reader(split).read(mine[:2])
+    before = len(store.asked(".tar"))
+    reader = open_reader(split)
+    reader.hold([1])
+    reader.read(mine)
+    (request,) = store.asked(".tar")[before:]
+    assert request[2] - request[1] < int(split.shard_bytes[1]) - int(split.samples["size"][mine[:2]].sum())
+
+
+def test_a_failed_whole_tar_ends_the_reader_in_one_line(store, tmp_path):
+    split = opened(store, tmp_path, retries=1)
+    store.faults, store.stays = [fails(503)], True
+    reader = open_reader(split)
+    reader.hold([0])
+    with pytest.raises(ValueError, match=r"answered 503 .* last of 2 attempts"):
+        reader.read(np.flatnonzero(split.samples["shard"] == 0))
+
+
+def test_a_cache_too_small_for_whole_tars_is_named(store, tmp_path):
+    split = opened(store, tmp_path, cache_gb=20_000 / 1e9)
+    reader = open_reader(split)
+    reader.hold([0])
+    with pytest.raises(
+        ValueError, match=r"^data.stream.cache_gb is 2e-05: the cache in .* set plan.window_shards lower$"
+    ):
+        reader.read(np.flatnonzero(split.samples["shard"] == 0))
