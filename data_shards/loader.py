@@ -14,8 +14,9 @@ from data_shards.augment import Augmentation, AugmentConfig, augment, central_sq
 from data_shards.cpu_decode import CpuDecoder
 from data_shards.decode import HARDWARE_LOAD, DecodeError, Decoder, Encoded
 from data_shards.index import Split
-from data_shards.plan import Draws, Plan, contiguous_slice, per_rank
+from data_shards.plan import Draws, contiguous_slice, per_rank
 from data_shards.reader import open_reader
+from data_shards.windowed_plan import AnyPlan
 
 _DECODERS = Literal["auto", "dali", "libjpeg"]
 
@@ -136,6 +137,8 @@ class Loader:
     def _next_draws(self) -> Draws:
         """The next draws, after asking for the bytes of those some batches further on."""
         while len(self._coming) <= self._reader.read_ahead_batches and (draws := next(self.draws, None)) is not None:
+            if draws.shards:
+                self._reader.hold(draws.shards)
             self._reader.read_ahead(draws.samples)
             self._coming.append(draws)
         if not self._coming:
@@ -187,7 +190,7 @@ class Loader:
 
 def training_loader(
     split: Split,
-    plan: Plan,
+    plan: AnyPlan,
     config: LoaderConfig,
     augmentation: AugmentConfig,
     *,

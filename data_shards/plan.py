@@ -33,11 +33,16 @@ class PlanConfig:
     """P: identities in the *global* batch, at least 2."""
     images_per_identity: int = 4
     """K: images of each identity in the global batch, at least 2, or no anchor has a positive."""
+    window_shards: int = 0
+    """Draw batches out of so many tars at a time, which are fetched whole, one window after the other: for stores that are far
+    away. 0 draws out of all tars."""
 
     def __post_init__(self) -> None:
         for name in ("identities_per_batch", "images_per_identity"):
             if getattr(self, name) < 2:
                 raise ValueError(f"plan.{name} is {getattr(self, name)}; batch-hard mining needs at least 2")
+        if self.window_shards < 0:
+            raise ValueError(f"plan.window_shards is {self.window_shards}; allowed is 0 (all tars) or more")
 
     @property
     def batch_size(self) -> int:
@@ -53,6 +58,8 @@ class Draws(NamedTuple):
     """Sample ids (rows of the split's index), shape (b,)."""
     visits: Ints
     """Number, from 0, of this draw among this epoch's draws of the sample, shape (b,): 0 but for top-ups."""
+    shards: tuple[int, ...] = ()
+    """Tars that are drawn from now and next, in the order of need; none where all are drawn from all the time."""
 
 
 class PlanSummary(NamedTuple):
@@ -80,11 +87,12 @@ class Plan:
             identity are consecutive.
         config: P and K.
         seed: chooses the order.
+        steps: T, where the rule is not to choose it; with too few of them, further groups are left out, others in each epoch.
     Raises:
         ValueError: fewer than P identities have two images.
     """
 
-    def __init__(self, starts: Ints, config: PlanConfig, seed: int = 0) -> None:
+    def __init__(self, starts: Ints, config: PlanConfig, seed: int = 0, steps: int | None = None) -> None:
         self.config, self.seed = config, seed
         self._starts = np.asarray(starts, np.int64)
         counts = np.diff(self._starts)
@@ -95,14 +103,14 @@ class Plan:
                 f"{len(self._eligible)} training identities with at least 2 images"
             )
         self._group_counts = -(-counts[self._eligible] // config.images_per_identity)
-        self.steps_per_epoch = _steps_per_epoch(self._group_counts, config.identities_per_batch)
+        self.steps_per_epoch = steps or steps_of(self._group_counts, config.identities_per_batch)
         self._schedule = lru_cache(maxsize=2)(self._make_schedule)
 
     def summary(self) -> PlanSummary:
         """What an epoch holds, repeats and leaves out, in groups of K images."""
         groups = int(self._group_counts.sum())
-        left_out = int(np.maximum(self._group_counts - self.steps_per_epoch, 0).sum())
         slots = self.steps_per_epoch * self.config.identities_per_batch
+        left_out = groups - min(slots, int(np.minimum(self._group_counts, self.steps_per_epoch).sum()))
         singles = int((np.diff(self._starts) == 1).sum())
         repeated = slots - (groups - left_out)
         return PlanSummary(len(self._eligible), singles, self.steps_per_epoch, groups, repeated, left_out)
@@ -153,7 +161,7 @@ class Plan:
         """
         steps, p = self.steps_per_epoch, self.config.identities_per_batch
         order = np.argsort(random_bits(self.seed, _ORDER, epoch, np.arange(len(self._eligible))), kind="stable")
-        take = _fill(np.minimum(self._group_counts[order], steps), steps * p, steps)
+        take = _fit(np.minimum(self._group_counts[order], steps), steps * p, steps)
         slot = np.repeat(np.arange(len(order)), take)
         group = np.arange(steps * p) - np.repeat(np.cumsum(take) - take, take)
         schedule = Schedule(np.empty((steps, p), np.int32), np.empty((steps, p), np.int32))
@@ -192,7 +200,7 @@ def contiguous_slice(total: int, rank: int, world_size: int) -> range:
     return range(total * rank // world_size, total * (rank + 1) // world_size)
 
 
-def _steps_per_epoch(groups: Ints, p: int) -> int:
+def steps_of(groups: Ints, p: int) -> int:
     """T of the module's rule, by bisection: both of its conditions hold for every larger T."""
 
     def enough(steps: int) -> bool:
@@ -205,9 +213,11 @@ def _steps_per_epoch(groups: Ints, p: int) -> int:
     return high
 
 
-def _fill(take: Ints, slots: int, most: int) -> Ints:
-    """Adds groups, one an identity and in order, none beyond `most`, until all slots are taken."""
+def _fit(take: Ints, slots: int, most: int) -> Ints:
+    """Adds groups, one an identity and in order, none beyond `most`, until all slots are taken; or takes away from the end."""
     take = take.copy()
+    while (surplus := int(take.sum()) - slots) > 0:
+        take[np.flatnonzero(take)[-surplus:]] -= 1
     while (missing := slots - int(take.sum())) > 0:
         take[np.flatnonzero(take < most)[:missing]] += 1
     return take

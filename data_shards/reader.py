@@ -1,6 +1,7 @@
 """Byte ranges out of shards: memory-mapped, read ahead by the kernel, never copied in Python; and the choice of the reader."""
 
 import mmap
+from collections.abc import Sequence
 from functools import cache
 
 import numpy as np
@@ -48,6 +49,9 @@ class TarReader:
         for shard, offset, size in zip(*(rows[name].tolist() for name in ("shard", "offset", "size")), strict=True):
             begin = offset - offset % mmap.PAGESIZE
             self._map(shard)[0].madvise(mmap.MADV_WILLNEED, begin, offset + size - begin)
+
+    def hold(self, shards: Sequence[int]) -> None:
+        """Nothing: the tars are here."""
 
 
 def open_reader(split: Split) -> TarReader | RemoteReader:

@@ -10,6 +10,8 @@ from data_shards.remote_set import CHUNK, DaemonPool
 
 _TOGETHER = 4
 """Parts of one tar that are fetched at once: a single connection to an object store does not fill the line."""
+_SPARE = 1.2
+"""Room in the cache for each byte of the tars that are held."""
 
 
 class WholeTars:
@@ -25,12 +27,26 @@ class WholeTars:
         self._parts = DaemonPool(min(_TOGETHER, ranges.remote.config.connections))
 
     def hold(self, shards: Sequence[int]) -> None:
-        """Starts to fetch these tars; returns at once. What was held and is not named goes first when the cache is full."""
-        self._held = {shard: future for shard, future in self._held.items() if shard in shards}
+        """Starts to fetch these tars; returns at once. What was held and is not named goes first when the cache is full.
+
+        Raises:
+            ValueError: the cache has no room for all of them.
+        """
+        if list(shards) == list(self._held):
+            return
+        self._check_room(shards)
+        held, self._held = self._held, {}
         for shard in shards:
             self._ranges.cache.touch(self._ranges.copy(shard))
-            if shard not in self._held:
-                self._held[shard] = self._order.submit(self._fetch, shard)
+            self._held[shard] = held.get(shard) or self._order.submit(self._fetch, shard)
+
+    def _check_room(self, shards: Sequence[int]) -> None:
+        cache, need = self._ranges.cache, int(self._ranges.split.shard_bytes[list(shards)].sum())
+        if need * _SPARE > cache.limit:
+            raise ValueError(
+                f"data.stream.cache_gb is {cache.limit / 1e9:g}; the {len(shards)} tars of two windows have {need / 1e9:g} GB "
+                f"and want {_SPARE:g} times as much: allow it, or set plan.window_shards lower"
+            )
 
     def wait(self, shard: int) -> None:
         """Until a tar that is held has come; at once where it is not held.

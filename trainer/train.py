@@ -27,8 +27,9 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from data_shards.index import ShardSet, Split
 from data_shards.loader import training_loader
-from data_shards.plan import Plan, per_rank
+from data_shards.plan import per_rank
 from data_shards.progress import progress
+from data_shards.windowed_plan import AnyPlan, plan_of
 from trainer import checkpoint, telemetry
 from trainer.agreement import check_ranks_agree, comparable
 from trainer.best import Best
@@ -58,7 +59,7 @@ def train(config: TrainConfig, accelerator: Accelerator, watchdog: Watchdog, ask
     """
     shards = ShardSet.open(config.data.shards, config.data.stream)
     split = shards.split("train")
-    plan = Plan(split.starts, config.plan, config.run.seed)
+    plan = plan_of(split, config.plan, config.run.seed)
     batch_size = per_rank(config.plan, world_size())
     steps = config.run.steps or config.run.epochs * plan.steps_per_epoch
     held_out = _held_out(shards, config)
@@ -316,7 +317,9 @@ def make_accelerator(config: RunConfig) -> Accelerator:
     return accelerator
 
 
-def _headline(split: Split, plan: Plan, config: TrainConfig, accelerator: Accelerator, start: int, steps: int) -> str:
+def _headline(
+    split: Split, plan: AnyPlan, config: TrainConfig, accelerator: Accelerator, start: int, steps: int
+) -> str:
     told, asked = plan.summary(), config.plan
     precision = "bf16" if use_bf16(config.run.precision, accelerator.device) else "fp32"
     return (

@@ -7,6 +7,7 @@ import subprocess
 import sys
 import threading
 import time
+from itertools import islice
 from pathlib import Path
 
 import fsspec
@@ -309,8 +310,7 @@ def test_a_fault_in_the_middle_of_training_comes_out_of_the_loader_as_it_is(stor
             copy.unlink()
         store.faults, store.stays = [fails(500)], True
         with pytest.raises(ValueError, match=r"answered 500 .* last of 2 attempts"):
-            for _ in range(50):
-                next(loader)
+            list(islice(loader, 50))
 
 
 @pytest.mark.parametrize("name", ["500", "drops", "truncates", "lies", "stalls"])
