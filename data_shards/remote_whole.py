@@ -22,7 +22,8 @@ class WholeTars:
 
     def __init__(self, ranges: Ranges) -> None:
         self._ranges = ranges
-        self._held: dict[int, Future[None]] = {}
+        self._held: tuple[int, ...] = ()
+        self._coming: dict[int, Future[None]] = {}
         self._order = DaemonPool(1)
         self._parts = DaemonPool(min(_TOGETHER, ranges.remote.config.connections))
 
@@ -32,13 +33,17 @@ class WholeTars:
         Raises:
             ValueError: the cache has no room for all of them.
         """
-        if list(shards) == list(self._held):
+        if tuple(shards) == self._held:
             return
         self._check_room(shards)
-        held, self._held = self._held, {}
+        self._held = tuple(shards)
         for shard in shards:
             self._ranges.cache.touch(self._ranges.copy(shard))
-            self._held[shard] = held.get(shard) or self._order.submit(self._fetch, shard)
+        # what is still on its way comes, too: read-ahead may be windows ahead of what is read
+        coming = {shard: job for shard, job in self._coming.items() if shard in shards or not job.done()}
+        self._coming = coming | {
+            shard: self._order.submit(self._fetch, shard) for shard in shards if shard not in coming
+        }
 
     def _check_room(self, shards: Sequence[int]) -> None:
         cache, need = self._ranges.cache, int(self._ranges.split.shard_bytes[list(shards)].sum())
@@ -54,12 +59,12 @@ class WholeTars:
         Raises:
             ValueError: it could not be fetched or kept.
         """
-        if (coming := self._held.get(shard)) is not None:
-            coming.result()
+        if (job := self._coming.get(shard)) is not None:
+            job.result()
 
     def _fetch(self, shard: int) -> None:
         samples = np.flatnonzero(self._ranges.split.samples["shard"] == shard)
-        if shard not in self._held or not len(samples):
+        if not len(samples):
             return
         with self._ranges.cache.fetching(self._ranges.copy(shard)):
             places = self._ranges.places(samples)[shard]
