@@ -80,7 +80,8 @@ class CpuDecoder:
         except StopIteration:
             self._ended = True
             return
-        images = torch.empty((len(encoded), self._size, self._size, 3), dtype=torch.uint8)
+        with torch.inference_mode(False):  # the mode is a thread's own, and those that fill this are not in it
+            images = torch.empty((len(encoded), self._size, self._size, 3), dtype=torch.uint8)
         if self._device.type == "cuda":
             images = images.pin_memory()
         columns = (parameters.anchor, parameters.shape, parameters.mirror)

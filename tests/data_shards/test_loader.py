@@ -115,6 +115,14 @@ def test_evaluation_visits_every_sample_once_in_order_over_all_ranks(coloured, w
     assert pictures == np.stack([LABELS, numbers_of(np.arange(21))], 1).tolist()
 
 
+@pytest.mark.parametrize("decoder", ["libjpeg", "dali"])
+def test_batches_can_be_made_in_inference_mode(coloured, decoder):
+    config = LoaderConfig(image_size=16, decode_threads=1, decoder=decoder)
+    with torch.inference_mode():
+        batches = list(evaluation_loader(coloured, config, batch_size=4))
+    assert len(batches) == 6
+
+
 @pytest.mark.parametrize("world_size", [1, 3])
 def test_evaluation_of_some_samples_keeps_their_order(coloured, world_size):
     samples = np.array([20, 3, 3, 11, 0, 7, 19])
