@@ -75,14 +75,14 @@ def drawn_index(scale: float, seed: int = 0) -> np.ndarray:
     return samples
 
 
-def quality(scale: float, p: int, k: int, epochs: int) -> dict[str, Any]:
+def quality(scale: float, p: int, k: int, epochs: int, windows: list[int]) -> dict[str, Any]:
     samples = drawn_index(scale)
     starts = np.append(np.flatnonzero(np.diff(samples["identity"].astype(int), prepend=-1)), len(samples))
     tars = int(samples["shard"].max()) + 1
     found: dict[str, Any] = {}
     exact = PlanConfig(identities_per_batch=p, images_per_identity=k)
     found["exact"] = quality_of(Plan(starts, exact), samples["identity"], epochs).plain()
-    for window in [w for w in (64, 32, 16, 8, 4, 2, 1) if w < tars]:
+    for window in windows:
         asked = PlanConfig(identities_per_batch=p, images_per_identity=k, window_shards=window)
         plan = WindowedPlan(starts, samples["shard"], asked)
         found[f"window of {window}"] = quality_of(plan, samples["identity"], epochs).plain()
@@ -238,7 +238,7 @@ def _rank1(shards: Path, window: int, steps: int, seed: int) -> float:
 def _shards(args: argparse.Namespace, folder: Path) -> Path:
     if args.shards:
         return args.shards
-    synthesize(folder / "pictures", args.identities, args.images, size=args.size)
+    synthesize(folder / "pictures", identities=args.identities, images_per_identity=args.images, size=args.size)
     config = ConvertConfig(shard_samples=args.shard_samples, holdout_identities=args.identities // 4)
     convert(folder / "pictures", folder / "shards", config)
     return folder / "shards"
@@ -250,7 +250,8 @@ def main() -> int:
         "--only", nargs="*", choices=["quality", "speed", "training"], default=["quality", "speed", "training"]
     )
     parser.add_argument("--scale", type=float, default=1.0, help="of VGGFace2's identities")
-    parser.add_argument("--epochs", type=int, default=2, help="whose quality is measured")
+    parser.add_argument("--quality-windows", type=int, nargs="*", default=[64, 16, 4, 1], help="in tars")
+    parser.add_argument("--epochs", type=int, default=1, help="whose quality is measured")
     parser.add_argument("--shards", type=Path, help="for speed and training, with unseen_identities; else drawn")
     parser.add_argument("--identities", type=int, default=80)
     parser.add_argument("--images", type=int, default=40)
@@ -271,7 +272,7 @@ def main() -> int:
     with tempfile.TemporaryDirectory(prefix="facescale-streaming-") as name:
         folder = Path(name)
         if "quality" in args.only:
-            results["quality"] = quality(args.scale, 64, 4, args.epochs)
+            results["quality"] = quality(args.scale, 64, 4, args.epochs, args.quality_windows)
         shards = _shards(args, folder) if set(args.only) - {"quality"} else Path()
         if "speed" in args.only:
             results["speed"] = speed(shards, folder, args.window, args.delays, args.rounds)

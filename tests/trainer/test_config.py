@@ -23,6 +23,10 @@ def another(kind: Any, value: Any) -> Any:
         return {int: 3, Path: Path("weights.pth")}[members[0]]
     if isinstance(value, bool | Path):
         return not value if isinstance(value, bool) else Path("some where/shärds")
+    if isinstance(value, str):
+        return "http://host/some where/shärds"
+    if dataclasses.is_dataclass(kind):
+        return all_other(kind)
     if isinstance(value, tuple):
         return tuple(item / 2 for item in value)
     return value + 1 if isinstance(value, int) else value / 2 or 0.5
