@@ -89,6 +89,9 @@ class WindowedPlan:
         Raises:
             ValueError: P*K is not divisible by the world size; or no window of this epoch has P identities of two images.
         """
+        return self._batch(step, rank, world_size, None)
+
+    def _batch(self, step: int, rank: int, world_size: int, stop: int | None) -> Draws:
         epoch, row = divmod(step, self.steps_per_epoch)
         ends = np.cumsum(self._steps(epoch))
         window = int(np.searchsorted(ends, row, side="right"))
@@ -96,13 +99,16 @@ class WindowedPlan:
         turn = epoch * len(ends) + window
         within = row - int(ends[window]) + plan.steps_per_epoch
         draws = plan.batch(turn * plan.steps_per_epoch + within, rank, world_size)
-        return Draws(epoch, samples[draws.samples], draws.visits, self._shards_from(epoch, window))
+        last = stop is not None and epoch * self.steps_per_epoch + int(ends[window]) >= stop
+        shards = self._windows(epoch).shards[window] if last else self._shards_from(epoch, window)
+        return Draws(epoch, samples[draws.samples], draws.visits, shards)
 
     def batches(self, start: int, rank: int, world_size: int, stop: int | None = None) -> Iterator[Draws]:
-        """`batch(step, rank, world_size)` for the steps from `start` on, up to `stop` (none: for ever)."""
+        """`batch(step, rank, world_size)` for the steps from `start` on, up to `stop` (none: for ever); the last window names no
+        further tars."""
         step = start
         while stop is None or step < stop:
-            yield self.batch(step, rank, world_size)
+            yield self._batch(step, rank, world_size, stop)
             step += 1
 
     def _steps(self, epoch: int) -> Ints:

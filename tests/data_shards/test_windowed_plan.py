@@ -120,6 +120,15 @@ def test_windows_are_disjoint_cover_all_tars_and_are_announced_one_ahead(w):
         assert len(announced) == len(set(announced)) <= 2 * w
 
 
+@pytest.mark.parametrize("short", [0, 1, 5])
+def test_the_last_window_of_a_run_announces_no_further_tars(short):
+    plan = make_plan(COUNTS, SHARDS, 6, 4, 3)
+    stop = 2 * plan.steps_per_epoch - short
+    *_, (before, _), (last, tars) = windows_of(list(plan.batches(0, 0, 1, stop)))
+    assert set(last) == tars
+    assert len(before) > len(last)
+
+
 def test_steps_of_the_first_epoch_are_those_of_the_exact_rule_in_each_window():
     plan = make_plan(COUNTS, SHARDS, 6, 4, 3)
     steps = 0
