@@ -1,7 +1,7 @@
 """How good the P x K batches of a plan, or of a plain stream, are: measured from the byte index alone."""
 
 from collections.abc import Iterable, Iterator
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass
 from typing import Any
 
 import numpy as np
@@ -35,6 +35,8 @@ class Quality:
     """Share of the images of identities with two or more that an epoch does not show, in [0, 1]."""
     company: float
     """Other identities that one shares a batch with in an epoch, mean."""
+    mates: float
+    """Other images of its identity that one shares a batch with in all epochs that were looked at, together, mean."""
 
     def plain(self) -> dict[str, float]:
         """For JSON."""
@@ -49,11 +51,10 @@ def quality_of(plan: AnyPlan, owners: NDArray[Any], epochs: int = 1) -> Quality:
         epochs: how many are looked at.
     """
     steps = plan.steps_per_epoch
-    parts = [
-        _measured((plan.global_batch(step).samples for step in range(epoch * steps, (epoch + 1) * steps)), owners)
-        for epoch in range(epochs)
-    ]
-    return _mean(parts)
+    found = _Tally(owners)
+    for epoch in range(epochs):
+        found.add(plan.global_batch(step).samples for step in range(epoch * steps, (epoch + 1) * steps))
+    return found.quality()
 
 
 def stream_quality(
@@ -67,12 +68,11 @@ def stream_quality(
         batch_size: P * K.
         buffer: images in the shuffle buffer; 0 takes them as they lie.
     """
-    parts = []
+    found = _Tally(samples["identity"])
     for epoch in range(epochs):
         stream = _stream(samples, epoch, buffer, seed)
-        batches = (stream[at : at + batch_size] for at in range(0, len(stream) - batch_size + 1, batch_size))
-        parts.append(_measured(batches, samples["identity"]))
-    return _mean(parts)
+        found.add(stream[at : at + batch_size] for at in range(0, len(stream) - batch_size + 1, batch_size))
+    return found.quality()
 
 
 def _stream(samples: NDArray[Any], epoch: int, buffer: int, seed: int) -> Ints:
@@ -94,34 +94,58 @@ def _buffered(stream: Ints, size: int, random: np.random.Generator) -> Iterator[
     yield from kept
 
 
-def _measured(batches: Iterable[Ints], owners: NDArray[Any]) -> Quality:
-    numbers = np.unique(owners, return_inverse=True)[1]
-    counts = np.bincount(numbers)
-    followed = np.zeros(len(counts), bool)
-    followed[np.linspace(0, len(counts) - 1, min(_FOLLOWED, len(counts))).astype(int)] = True
-    drawn = np.zeros(len(numbers), np.int64)
-    different, alone, met = [], 0, [np.zeros((0, 2), np.int64)]
-    for batch in batches:
-        np.add.at(drawn, batch, 1)
-        present, times = np.unique(numbers[batch], return_counts=True)
-        different.append(len(present))
-        alone += int((times == 1).sum())
-        own = present[followed[present]]
-        met.append(np.stack(np.meshgrid(own, present, indexing="ij"), -1).reshape(-1, 2))
-    pairs = np.unique(np.concatenate(met), axis=0)
-    pairs = pairs[pairs[:, 0] != pairs[:, 1]]
-    usable = counts[numbers] > 1
-    total = int(drawn.sum())
-    return Quality(
-        len(different),
-        float(np.mean(different)),
-        float(np.min(different)),
-        alone / total,
-        (total - int((drawn > 0).sum())) / total,
-        float((drawn[usable] == 0).mean()),
-        len(pairs) / int((followed & (counts > 1)).sum()),
-    )
+class _Tally:
+    """Counts over epochs.
+
+    Args:
+        owners: identity of each sample, shape (n,), ascending.
+    """
+
+    def __init__(self, owners: NDArray[Any]) -> None:
+        self._identities = np.unique(owners, return_inverse=True)[1]
+        self._counts = np.bincount(self._identities)
+        several = np.flatnonzero(self._counts > 1)
+        self._followed = np.zeros(len(self._counts), bool)
+        self._followed[several[np.linspace(0, len(several) - 1, min(_FOLLOWED, len(several))).astype(int)]] = True
+        self._epochs: list[dict[str, float]] = []
+        self._mates = np.zeros((0, 2), np.int64)
+
+    def add(self, batches: Iterable[Ints]) -> None:
+        """One epoch."""
+        drawn = np.zeros(len(self._identities), np.int64)
+        different, alone = [], 0
+        met, mates = [np.zeros((0, 2), np.int64)], [self._mates]
+        for batch in batches:
+            np.add.at(drawn, batch, 1)
+            owners = self._identities[batch]
+            present, times = np.unique(owners, return_counts=True)
+            different.append(len(present))
+            alone += int((times == 1).sum())
+            met.append(_pairs(present[self._followed[present]], present))
+            followed = batch[self._followed[owners]]
+            pairs = _pairs(followed, followed)
+            mates.append(pairs[self._identities[pairs[:, 0]] == self._identities[pairs[:, 1]]])
+        self._mates = np.unique(np.concatenate(mates), axis=0)
+        total, several = int(drawn.sum()), self._counts[self._identities] > 1
+        self._epochs.append(
+            {
+                "steps": len(different),
+                "identities": float(np.mean(different)),
+                "fewest_identities": min(different),
+                "without_positive": alone / total,
+                "repeated": (total - int((drawn > 0).sum())) / total,
+                "left_out": float((drawn[several] == 0).mean()),
+                "company": len(np.unique(np.concatenate(met), axis=0)) / int(self._followed.sum()),
+            }
+        )
+
+    def quality(self) -> Quality:
+        means = {name: float(np.mean([epoch[name] for epoch in self._epochs])) for name in self._epochs[0]}
+        means["fewest_identities"] = min(epoch["fewest_identities"] for epoch in self._epochs)
+        return Quality(**means, mates=len(self._mates) / int(self._counts[self._followed].sum()))
 
 
-def _mean(parts: list[Quality]) -> Quality:
-    return Quality(*(float(np.mean([getattr(part, field.name) for part in parts])) for field in fields(Quality)))
+def _pairs(first: Ints, second: Ints) -> Ints:
+    """Each of one with each other of the other, shape (pairs, 2)."""
+    pairs = np.stack(np.meshgrid(first, second, indexing="ij"), -1).reshape(-1, 2)
+    return pairs[pairs[:, 0] != pairs[:, 1]]

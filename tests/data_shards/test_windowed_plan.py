@@ -281,13 +281,14 @@ def test_quality_of_a_stream_by_hand():
         "repeated": 0,
         "left_out": round(1 / 9, 5),  # the second 2; 3 has one image and does not count
         "company": round(4 / 3, 5),  # 0 with 1 and 2; 1 with 0; 2 with 0
+        "mates": round((2 * 1 + 3 * 2 + 2 * 1) / 9, 5),  # of the nine images of 0, 1 and 2: 0's two and three, 1's two
     }
 
 
 def test_quality_of_an_exact_and_of_a_windowed_plan_by_hand():
     counts, owners = [4, 4, 4, 4], np.repeat(np.arange(4), 4)
     starts = np.concatenate([[0], np.cumsum(counts)])
-    exact = quality_of(Plan(starts, PlanConfig(identities_per_batch=4, images_per_identity=2)), owners, epochs=3)
+    exact = quality_of(Plan(starts, PlanConfig(identities_per_batch=4, images_per_identity=2)), owners, epochs=30)
     assert exact.plain() == {
         "steps": 2,
         "identities": 4,
@@ -296,6 +297,7 @@ def test_quality_of_an_exact_and_of_a_windowed_plan_by_hand():
         "repeated": 0,
         "left_out": 0,
         "company": 3,
+        "mates": 3,  # in 30 epochs each image of four meets all others
     }
     shards = np.array([0, 0, 0, 0, 0, 0, 0, 0, 1, 1, 1, 1, 1, 1, 1, 1])  # identities 0 and 1 never meet 2 and 3
     windowed = quality_of(make_plan(counts, shards, 2, 2, 1), owners)
