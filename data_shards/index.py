@@ -171,7 +171,7 @@ class Split:
         shard, start = self.shards[row["shard"]], int(row["offset"]) - BLOCK
         if self.remote is not None:
             file = f"{self.name}/{shard.name}"
-            name = header_name(self.remote.cache.read(f"{self.remote.name}/{file}", start, BLOCK))
+            name = header_name(self.remote.cache.read(f"{self.remote.name}/{file}", [(start, start + BLOCK)])[0])
             name = name or header_name(self.remote.fetcher.read(file, start, start + BLOCK))
         else:
             with shard.open("rb") as tar:

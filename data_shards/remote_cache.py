@@ -8,7 +8,7 @@ there. Two processes that write the same range write the same bytes.
 import fcntl
 import os
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
@@ -41,14 +41,14 @@ class TarCache:
             _set_used(ledger, used)
         return used
 
-    def read(self, name: str, offset: int, size: int) -> bytes:
-        """What lies there: the bytes, or zeros, or less than `size`; the caller checks."""
+    def read(self, name: str, spans: Sequence[tuple[int, int]]) -> list[bytes]:
+        """What lies from each first byte to the one behind the last: the bytes, or zeros, or fewer; the caller checks."""
         try:
             handle = os.open(self._path(name), os.O_RDONLY | os.O_CLOEXEC)
         except FileNotFoundError:
-            return b""
+            return [b""] * len(spans)
         try:
-            return os.pread(handle, size, offset)
+            return [os.pread(handle, stop - start, start) for start, stop in spans]
         finally:
             os.close(handle)
 

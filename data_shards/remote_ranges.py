@@ -76,11 +76,14 @@ class Ranges:
 
     def cached(self, shard: int, places: Sequence[Place]) -> dict[int, Record]:
         """Those that the cache has whole, by sample."""
-        found = {}
-        for place in places if self._keeps else ():
-            data = self.cache.read(self.copy(shard), place.start, place.stop - place.start)
-            if _is(place, memoryview(data)):
-                found[place.sample] = np.frombuffer(data, np.uint8)
+        if not self._keeps:
+            return {}
+        spans = [(place.start, place.stop) for place in places]
+        found = {
+            place.sample: np.frombuffer(data, np.uint8)
+            for place, data in zip(places, self.cache.read(self.copy(shard), spans), strict=True)
+            if _is(place, memoryview(data))
+        }
         if found:
             self.cache.touch(self.copy(shard))
             with self._lock:

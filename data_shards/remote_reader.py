@@ -3,7 +3,6 @@
 from collections import Counter
 from collections.abc import Sequence
 from concurrent.futures import Future
-from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -14,6 +13,10 @@ from data_shards.remote_ranges import Place, Ranges, Record, runs
 from data_shards.remote_whole import WholeTars
 from data_shards.tar_members import BLOCK, header_name, split_name
 
+Found = dict[int, Record | Future[dict[int, Record]]]
+"""Records by sample, or what is to bring them."""
+_LOOKED_UP = 32
+"""Samples that one thread looks for in the cache: a job costs more than a few look-ups."""
 _KEYS = 4096
 """Samples whose keys are read at once."""
 
@@ -34,7 +37,7 @@ class RemoteReader:
         self._gap = 1000 * config.coalesce_kb
         self._pool = self.ranges.remote.pool
         self._whole = WholeTars(self.ranges)
-        self._ahead: dict[int, Future[dict[int, Record]]] = {}
+        self._ahead: dict[int, Future[Found]] = {}
         self._wanted: Counter[int] = Counter()
 
     def read(self, samples: Ints) -> list[NDArray[np.uint8]]:
@@ -76,31 +79,50 @@ class RemoteReader:
         return keys
 
     def _records(self, samples: Ints) -> list[Record]:
-        coming: dict[int, Any] = self._ahead | self._start(samples)
-        records = [coming[sample].result()[sample] for sample in samples.tolist()]
-        self._wanted.subtract(samples.tolist())
-        for sample in set(samples.tolist()):
+        ids = samples.tolist()
+        coming = self._start(samples)
+        records = []
+        for sample in ids:
+            found = (coming.get(sample) or self._ahead[sample]).result()[sample]
+            records.append(found.result()[sample] if isinstance(found, Future) else found)
+        self._wanted.subtract(ids)
+        for sample in set(ids):
             if self._wanted[sample] <= 0:
                 del self._wanted[sample]
                 self._ahead.pop(sample, None)
         return records
 
-    def _start(self, samples: Ints) -> dict[int, Future[dict[int, Record]]]:
-        """A job for each range of those that are not on their way yet, by sample."""
+    def _start(self, samples: Ints) -> dict[int, Future[Found]]:
+        """A job for some of those that are not on their way yet, by sample."""
         new = np.array([sample for sample in dict.fromkeys(samples.tolist()) if sample not in self._ahead], np.int64)
-        jobs: dict[int, Future[dict[int, Record]]] = {}
+        jobs: dict[int, Future[Found]] = {}
+        chunk: list[tuple[int, list[Place]]] = []
         for shard, places in self.ranges.places(new).items():
-            for run in runs(places, self._gap):
-                job = self._pool.submit(self._load, shard, run)
-                jobs |= dict.fromkeys([place.sample for place in run], job)
-        return jobs
+            chunk.append((shard, places))
+            if sum(len(part) for _, part in chunk) >= _LOOKED_UP:
+                jobs |= self._submit(chunk)
+                chunk = []
+        return jobs | self._submit(chunk)
 
-    def _load(self, shard: int, run: Sequence[Place]) -> dict[int, Record]:
-        found = self.ranges.cached(shard, run)
-        if len(found) < len(run):
-            self._whole.wait(shard)
-            found |= self.ranges.cached(shard, [place for place in run if place.sample not in found])
-        missing = [place for place in run if place.sample not in found]
-        for part in runs(missing, self._gap):
+    def _submit(self, chunk: list[tuple[int, list[Place]]]) -> dict[int, Future[Found]]:
+        job = self._pool.submit(self._look_up, chunk)
+        return {place.sample: job for _, places in chunk for place in places}
+
+    def _look_up(self, chunk: Sequence[tuple[int, list[Place]]]) -> Found:
+        """What the cache has, and a job for each range that is to be fetched; waits for none."""
+        found: Found = {}
+        for shard, places in chunk:
+            cached = self.ranges.cached(shard, places)
+            found |= cached
+            for run in runs([place for place in places if place.sample not in cached], self._gap):
+                job = self._pool.submit(self._load, shard, run)
+                found |= {place.sample: job for place in run}
+        return found
+
+    def _load(self, shard: int, run: list[Place]) -> dict[int, Record]:
+        found: dict[int, Record] = {}
+        if self._whole.wait(shard):
+            found = self.ranges.cached(shard, run)
+        for part in runs([place for place in run if place.sample not in found], self._gap):
             found |= self.ranges.fetch(shard, part)[0]
         return found

@@ -53,14 +53,16 @@ class WholeTars:
                 f"and want {_SPARE:g} times as much: allow it, or set plan.window_shards lower"
             )
 
-    def wait(self, shard: int) -> None:
-        """Until a tar that is held has come; at once where it is not held.
+    def wait(self, shard: int) -> bool:
+        """Until a tar that is held has come; returns at once, False, where it is not held.
 
         Raises:
             ValueError: it could not be fetched or kept.
         """
-        if (job := self._coming.get(shard)) is not None:
-            job.result()
+        if (job := self._coming.get(shard)) is None:
+            return False
+        job.result()
+        return True
 
     def _fetch(self, shard: int) -> None:
         samples = np.flatnonzero(self._ranges.split.samples["shard"] == shard)
