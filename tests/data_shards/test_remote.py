@@ -288,6 +288,38 @@ def test_pauses_double_and_are_drawn_from_their_upper_half(store, tmp_path, monk
         assert longest / 2 <= pause <= longest
 
 
+def test_a_slow_disk_that_hangs_counts_as_a_stall(shards, tmp_path, monkeypatch):
+    split = ShardSet.open(shards, config_of(tmp_path, cache_local=True, retries=1, timeout_s=0.2)).split("train")
+    hangs = threading.Event()
+    monkeypatch.setattr(split.remote.fetcher._system, "cat_file", lambda *_, **__: hangs.wait(20))
+    with pytest.raises(ValueError, match=r"nothing whole came within 0.2 s .* the last of 2 attempts in 0\.[4-9] s"):
+        open_reader(split).read(np.array([1]))
+    hangs.set()
+
+
+ENDS = """
+import sys, numpy as np
+from pathlib import Path
+from data_shards.index import ShardSet
+from data_shards.reader import open_reader
+from data_shards.stream_config import StreamConfig
+stream = StreamConfig(cache_dir=Path(sys.argv[2]), timeout_s=10, retries=5, backoff_s=5)
+reader = open_reader(ShardSet.open(sys.argv[1], stream).split("train"))
+reader.hold([0, 1])
+reader.read_ahead(np.arange(40))
+print("ends", flush=True)
+"""
+
+
+def test_attempts_under_way_do_not_keep_a_process_from_ending(store, tmp_path):
+    store.faults, store.stays = [stalls(20)], True
+    command = [sys.executable, "-c", ENDS, store.url, str(tmp_path / "cache")]
+    child = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
+    assert child.stdout.readline() == "ends\n"
+    assert child.wait(timeout=8) == 0
+    child.stdout.close()
+
+
 @pytest.mark.parametrize(
     ("status", "said"), [(403, "the server answered 403 Forbidden"), (404, "there is no such file")]
 )
@@ -489,6 +521,36 @@ def test_a_whole_tar_that_a_killed_process_began_is_only_completed(store, tmp_pa
     reader.read(mine)
     (request,) = store.asked(".tar")[before:]
     assert request[2] - request[1] < int(split.shard_bytes[1]) - int(split.samples["size"][mine[:2]].sum())
+
+
+HOLDS = """
+import sys, numpy as np
+from pathlib import Path
+from data_shards.index import ShardSet
+from data_shards.reader import open_reader
+from data_shards.stream_config import StreamConfig
+split = ShardSet.open(sys.argv[1], StreamConfig(cache_dir=Path(sys.argv[2]))).split("train")
+reader = open_reader(split)
+reader.hold(range(len(split.shards)))
+print("ready", flush=True)
+reader.read(np.arange(40))
+"""
+
+
+def test_a_process_that_is_killed_while_it_fetches_whole_tars_hands_over(store, shards, tmp_path):
+    store.faults, store.stays = [slow(0.3)], True
+    command = [sys.executable, "-c", HOLDS, store.url, str(tmp_path / "cache")]
+    child = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
+    assert child.stdout.readline() == "ready\n"
+    reader = open_reader(opened(store, tmp_path))
+    reader.hold(range(4))
+    reader.read_ahead(EVERYTHING)
+    time.sleep(0.5)
+    child.send_signal(signal.SIGKILL)
+    child.wait()
+    child.stdout.close()
+    assert [bytes(image) for image in reader.read(EVERYTHING)] == local_bytes(shards)
+    assert all_bytes(opened(store, tmp_path)) == local_bytes(shards)
 
 
 def test_a_failed_whole_tar_ends_the_reader_in_one_line(store, tmp_path):
