@@ -4,8 +4,10 @@ import io
 
 import numpy as np
 import pytest
-from collections_on_disk import PIL_FORMATS
+from collections_on_disk import PIL_FORMATS, encoded
 from PIL import Image
+from remote_sets import COUNTS, TOTAL
+from store_server import store_of
 
 from data_shards.convert import ConvertConfig, convert
 from data_shards.index import ShardSet
@@ -33,3 +35,26 @@ def split_of(tmp_path):
         return ShardSet.open(out).split("train")
 
     return make
+
+
+@pytest.fixture(scope="module")
+def shards(tmp_path_factory):
+    """A converted set of 40 pictures in several tars."""
+    root = tmp_path_factory.mktemp("remote")
+    number = iter(range(TOTAL))
+    for name, count in COUNTS.items():
+        (root / "pictures" / name).mkdir(parents=True)
+        for place in range(count):
+            picture = encoded(31 * next(number), size=(64, 48), mode="RGB")
+            (root / "pictures" / name / f"{place:03d}.jpg").write_bytes(picture)
+    convert(root / "pictures", root / "shards", ConvertConfig(workers=1, shard_bytes=25_000))
+    split = ShardSet.open(root / "shards").split("train")
+    assert len(split.shards) >= 4
+    assert len(split) == TOTAL
+    return root / "shards"
+
+
+@pytest.fixture
+def store(shards):
+    with store_of(shards) as server:
+        yield server

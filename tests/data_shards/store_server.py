@@ -14,6 +14,7 @@ Fault = Callable[["Handler", str, bytes], bool]
 
 class Store(ThreadingHTTPServer):
     daemon_threads = True
+    request_queue_size = 64
 
     def __init__(self, root: Path) -> None:
         super().__init__(("127.0.0.1", 0), Handler)
