@@ -13,6 +13,7 @@ Floats = NDArray[np.float32]
 
 _LUMA = np.array([0.299, 0.587, 0.114], np.float32)
 _AREA, _ASPECT, _LEFT, _TOP, _MIRROR, _BRIGHTNESS, _CONTRAST, _SATURATION, _GREYSCALE = range(100, 109)
+_PURPOSES = np.arange(100, 109)[:, None]
 
 
 @dataclass(kw_only=True, frozen=True)
@@ -71,24 +72,26 @@ def central_square(width: Ints, height: Ints) -> Augmentation:
 def augment(config: AugmentConfig, seed: int, draws: Draws, width: Ints, height: Ints) -> Augmentation:
     """Parameters of `draws`, whose pictures have these sizes in pixels, shape (b,)."""
 
-    def u(purpose: int) -> NDArray[np.float64]:
-        return uniform(seed, purpose, draws.epoch, draws.samples, draws.visits)
+    drawn = uniform(
+        seed, _PURPOSES, draws.epoch, draws.samples, draws.visits
+    )  # (purposes, b): one call, for small batches
+    u = dict(zip(_PURPOSES.flatten().tolist(), drawn, strict=True))
 
     def factor(purpose: int, spread: float) -> NDArray[np.float64]:
-        return 1 + spread * (2 * u(purpose) - 1)
+        return 1 + spread * (2 * u[purpose] - 1)
 
     size = np.stack([width, height], 1)
-    area = size.min(1) ** 2 * (config.crop_area[0] + (config.crop_area[1] - config.crop_area[0]) * u(_AREA))
+    area = size.min(1) ** 2 * (config.crop_area[0] + (config.crop_area[1] - config.crop_area[0]) * u[_AREA])
     low, high = np.log(config.crop_aspect)
-    aspect = np.exp(low + (high - low) * u(_ASPECT))
+    aspect = np.exp(low + (high - low) * u[_ASPECT])
     crop = np.stack([np.sqrt(area * aspect), np.sqrt(area / aspect)], 1)  # (b, 2) pixels
     shape = np.clip(crop, 1, size) / size  # a crop under one pixel can be empty, which kills DALI's pipeline
-    anchor = (1 - shape) * np.stack([u(_LEFT), u(_TOP)], 1)
-    saturation = np.where(u(_GREYSCALE) < config.greyscale, 0, factor(_SATURATION, config.saturation))
+    anchor = (1 - shape) * np.stack([u[_LEFT], u[_TOP]], 1)
+    saturation = np.where(u[_GREYSCALE] < config.greyscale, 0, factor(_SATURATION, config.saturation))
     return Augmentation(
         _f32(anchor),
         _f32(shape),
-        (u(_MIRROR) < config.mirror).astype(np.int32),
+        (u[_MIRROR] < config.mirror).astype(np.int32),
         _f32(factor(_BRIGHTNESS, config.brightness)),
         _f32(factor(_CONTRAST, config.contrast)),
         _f32(saturation),

@@ -9,7 +9,7 @@ half an output pixel elsewhere.
 import threading
 import weakref
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 
 import cv2
@@ -24,6 +24,8 @@ from data_shards.decode import DecodeError, Encoded, Source
 Pixels = NDArray[np.uint8]
 """RGB, shape (height, width, 3)."""
 
+_resize: Callable[..., Tensor] = torch._C._nn._upsample_bilinear2d_aa
+"""What `torch.nn.functional.interpolate` calls for mode "bilinear" with antialias; that takes no `out`."""
 _TOGETHER = 8
 """Images that a thread takes at a time."""
 _HEAD = 4096
@@ -49,6 +51,7 @@ class CpuDecoder:
         weakref.finalize(self, self._pool.shutdown, wait=False, cancel_futures=True)
         self._coming: deque[tuple[Tensor, list[Future[None]]]] = deque()
         self._ended = False
+        self._buffers = _Buffers()
 
     def next(self) -> Tensor:
         """The next batch: uint8 in [0, 255], shape (b, 3, H, W), channels-last in memory.
@@ -64,7 +67,7 @@ class CpuDecoder:
         images, parts = self._coming.popleft()
         for part in parts:
             part.result()
-        return images.to(self._device, non_blocking=True)
+        return images.pin_memory().to(self._device, non_blocking=True) if self._device.type == "cuda" else images
 
     def decodes(self, encoded: NDArray[np.uint8]) -> bool:
         """Whether this decoder can read one picture."""
@@ -80,61 +83,83 @@ class CpuDecoder:
         except StopIteration:
             self._ended = True
             return
-        with torch.inference_mode(False):  # the mode is a thread's own, and those that fill this are not in it
-            images = torch.empty((len(encoded), self._size, self._size, 3), dtype=torch.uint8)
-        if self._device.type == "cuda":
-            images = images.pin_memory()
+        out = self._buffers.array((len(encoded), self._size, self._size, 3))
         columns = (parameters.anchor, parameters.shape, parameters.mirror)
         places = list(zip(*(column.tolist() for column in columns), strict=True))
         parts = [
-            self._pool.submit(_fill, images[part], encoded[part], places[part])
+            self._pool.submit(_fill, out[part], encoded[part], places[part])
             for begin in range(0, len(encoded), _TOGETHER)
             for part in [slice(begin, begin + _TOGETHER)]
         ]
-        self._coming.append((images.permute(0, 3, 1, 2), parts))  # (b, 3, H, W)
+        self._coming.append((torch.from_numpy(out).permute(0, 3, 1, 2), parts))  # (b, 3, H, W)
 
 
 class _Scratch(threading.local):
-    """A thread's room for one decoded picture; a new one for each would cost page faults as dear as half its decoding."""
+    """A thread's rooms for decoded pictures; new ones for each would cost page faults as dear as half their decoding."""
 
     def __init__(self) -> None:
-        self._room = np.empty(0, np.uint8)
+        self._rooms = [np.empty(0, np.uint8)] * _TOGETHER
 
-    def of(self, count: int) -> NDArray[np.uint8]:
-        """At least so many bytes."""
-        if len(self._room) < count:
-            self._room = np.empty(count, np.uint8)
-        return self._room
+    def room(self, number: int, count: int) -> NDArray[np.uint8]:
+        """At least `count` bytes."""
+        if len(self._rooms[number]) < count:
+            self._rooms[number] = np.empty(count, np.uint8)
+        return self._rooms[number]
 
 
 _scratch = _Scratch()
 
 
-def _fill(out: Tensor, encoded: Encoded, places: list[tuple[list[float], list[float], int]]) -> None:
+class _Buffers:
+    """Memory of batches, used again once nobody holds a tensor over it; new memory costs a page fault for every 4 KiB."""
+
+    def __init__(self) -> None:
+        self._free: deque[NDArray[np.uint8]] = deque()
+
+    def array(self, shape: tuple[int, ...]) -> NDArray[np.uint8]:
+        """For `torch.from_numpy`; what else is to write into it must keep it, too: a slice of it does not."""
+        count = int(np.prod(shape))
+        memory = self._free.popleft() if self._free else np.empty(count, np.uint8)
+        if len(memory) < count:
+            memory = np.empty(count, np.uint8)
+        array = memory[:count].reshape(shape)
+        weakref.finalize(array, self._free.append, memory).atexit = False
+        return array
+
+
+def _fill(out: NDArray[np.uint8], encoded: Encoded, places: list[tuple[list[float], list[float], int]]) -> None:
     """Decodes some pictures into out, shape (n, size, size, 3); a place is anchor, shape and mirror."""
-    size, views = out.shape[1], out.numpy()
-    slots = out.permute(0, 3, 1, 2).split(1)  # (1, 3, size, size) each
-    for picture, slot, view, (anchor, shape, mirror) in zip(encoded, slots, views, places, strict=True):
-        # turned by NumPy: each operation of PyTorch's gives the interpreter's lock away
-        rows = torch.from_numpy(crop(picture, anchor, shape, size).transpose(2, 0, 1)[None])  # (1, 3, height, width)
-        torch.ops.aten._upsample_bilinear2d_aa.out(rows, [size, size], False, None, None, out=slot)
+    size = out.shape[1]
+    crops = [
+        crop(picture, anchor, shape, size, number)
+        for number, (picture, (anchor, shape, _)) in enumerate(zip(encoded, places, strict=True))
+    ]
+    # made whole and turned by NumPy, and before: PyTorch's operations give the interpreter's lock away, and its copy of a crop
+    # that is not contiguous starts threads of its own
+    slots = [torch.from_numpy(slot) for slot in out.transpose(0, 3, 1, 2)[:, None]]  # (1, 3, size, size) each
+    rows = [torch.from_numpy(np.ascontiguousarray(pixels).transpose(2, 0, 1)[None]) for pixels in crops]
+    for picture, slot, view, (_, _, mirror) in zip(rows, slots, out, places, strict=True):
+        _resize(picture, [size, size], False, None, None, out=slot)
         if mirror:
             cv2.flip(view, 1, dst=view)
 
 
-def crop(encoded: NDArray[np.uint8], anchor: Sequence[float], shape: Sequence[float], size: int) -> Pixels:
+def crop(
+    encoded: NDArray[np.uint8], anchor: Sequence[float], shape: Sequence[float], size: int, room: int = 0
+) -> Pixels:
     """A crop of a picture, or of the picture at a half, a quarter or an eighth of its size where the crop stays `size` large.
 
-    It is a view, good until this thread's next call.
+    It is a view, good until this thread's next call with the same `room`.
 
     Args:
         anchor: left and top of the crop as fractions of the picture's width and height.
         shape: its width and height, likewise.
         size: pixels that each side of the crop is to have at least, if it has.
+        room: which of this thread's rooms is used, from 0 to 7.
     Raises:
         DecodeError: the picture does not decode.
     """
-    pixels = decoded(encoded, shape, size)
+    pixels = decoded(encoded, shape, size, room)
     height, width, _ = pixels.shape
     left, right = _span(anchor[0], shape[0], width)
     top, bottom = _span(anchor[1], shape[1], height)
@@ -147,7 +172,7 @@ def _span(anchor: float, shape: float, extent: int) -> tuple[int, int]:
     return first, max(round((anchor + shape) * extent), first + 1)
 
 
-def decoded(encoded: NDArray[np.uint8], shape: Sequence[float] | None = None, size: int = 0) -> Pixels:
+def decoded(encoded: NDArray[np.uint8], shape: Sequence[float] | None = None, size: int = 0, room: int = 0) -> Pixels:
     """A whole picture as displayed, that is after EXIF orientation; with `shape` and `size`, maybe smaller. See `crop`.
 
     Raises:
@@ -159,8 +184,10 @@ def decoded(encoded: NDArray[np.uint8], shape: Sequence[float] | None = None, si
             if kind not in ("CMYK", "YCCK"):
                 factor = 1 if shape is None else _shrinking(min(shape[0] * width, shape[1] * height) / size)
                 height, width = -(-height // factor), -(-width // factor)
-                smaller = {"min_height": height, "min_width": width, "min_factor": factor}
-                return simplejpeg.decode_jpeg(encoded, "RGB", buffer=_scratch.of(3 * height * width), **smaller)
+                buffer = _scratch.room(room, 3 * height * width)
+                return simplejpeg.decode_jpeg(
+                    encoded, "RGB", min_height=height, min_width=width, min_factor=factor, buffer=buffer
+                )
         found: Pixels | None = cv2.imdecode(encoded, cv2.IMREAD_COLOR_RGB)  # type: ignore[assignment]
     except (ValueError, cv2.error) as error:
         raise DecodeError(str(error)) from None
