@@ -95,6 +95,18 @@ def test_windows_from_a_store_are_windows_of_the_folder_also_when_resumed(store,
     assert trained(tmp_path / "there", store.url, *window, *cache, "--run.resume") == here
 
 
+def test_two_ranks_share_the_cache_and_fetch_each_tar_once(store, shards, tmp_path):
+    launch = ["launch", "--config_file", "launch/accelerate/cpu.yaml", "--num_processes", 2, "-m", "trainer.train"]
+    options = [*TINY, "--data.shards", store.url, "--data.stream.cache-dir", tmp_path / "cache"]
+    folder = ["--run.folder", tmp_path / "run", "--plan.window-shards", "3"]
+    code, said = command("accelerate.commands.accelerate_cli", *launch, *options, *folder)
+    assert code == 0, said
+    assert len((tmp_path / "run" / "log.jsonl").read_text().splitlines()) == 6
+    ranges = [request for request in store.asked(".tar") if "/train/" in request[0]]
+    assert len({path for path, _, _ in ranges}) == len(ranges) >= 5
+    assert len(store.asked("index.npy")) == 1
+
+
 def test_a_store_that_goes_on_failing_ends_the_run_in_one_line(store, tmp_path):
     store.faults, store.stays = [fails(503)], True
     options = [
