@@ -2,9 +2,9 @@
 
     python benchmarks/loader.py [--pictures 137x180 224x224 500x375] [--sizes 112 224] [--rounds 7] [--cold]
 
-Each contender is a process of its own; in each round they take turns, in an order that turns, too.
-DataLoaders first try 0 to 3 workers and keep the best. Warm: the page cache holds everything. Cold: before each turn the kernel
-is told to forget the files of the set (posix_fadvise); what the disk keeps in caches of its own stays.
+Each contender is a process of its own; in each round they take turns, in an order that turns, too. DataLoaders first try 0 to 3
+workers, on the first set, and keep the best. Warm: the page cache holds everything. Cold: before each turn the kernel is told to
+forget the files of the set (posix_fadvise); what the disk keeps in caches of its own stays.
 """
 
 import argparse
@@ -161,15 +161,23 @@ def forget(folder: Path) -> None:
             os.close(file)
 
 
-def compare(folder: Path, size: int, rounds: int, names: list[str], cold: bool) -> dict[str, Any]:
-    """All contenders on one set of pictures and one size of output."""
+def compare(
+    folder: Path, size: int, rounds: int, names: list[str], cold: bool, workers: dict[str, int]
+) -> dict[str, Any]:
+    """All contenders on one set of pictures and one size of output.
+
+    Args:
+        workers: of DataLoaders, where that is settled already; what is found is added.
+    """
     contenders: dict[str, Contender] = {}
     left_out = {}
     for name in names:
         work = Work(folder / "pictures", folder / "shards", size, 0)
         try:
-            workers = best_workers(name, work) if name in HAVE_WORKERS else 0
-            contenders[name] = Contender(name, Work(work.pictures, work.shards, size, workers))
+            if name in HAVE_WORKERS and name not in workers:
+                workers[name] = best_workers(name, work)
+            chosen = Work(work.pictures, work.shards, size, workers.get(name, 0))
+            contenders[name] = Contender(name, chosen)
         except RuntimeError as reason:
             left_out[name] = str(reason)
     check_alike(contenders, size)
@@ -285,6 +293,7 @@ def main() -> int:
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--only", nargs="*", choices=tuple(CONTENDERS), default=list(CONTENDERS))
     parser.add_argument("--cold", action="store_true")
+    parser.add_argument("--workers", type=int, help="of DataLoaders; without it the best of 0 to 3 on the first set")
     parser.add_argument("--work", type=Path, help="folder where the pictures lie or will lie")
     parser.add_argument("--out", type=Path, default=ROOT / "benchmarks" / "results" / "loader.json")
     parser.add_argument("--serve", nargs=5, help=argparse.SUPPRESS)
@@ -293,6 +302,7 @@ def main() -> int:
         name, pictures, shards, size, workers = args.serve
         serve(name, Work(Path(pictures), Path(shards), int(size), int(workers)))
         return 0
+    workers = dict.fromkeys(HAVE_WORKERS, args.workers) if args.workers is not None else {}
     results: dict[str, Any] = {"machine": machine(*PACKAGES), "rounds": args.rounds, "cold": args.cold, "sets": {}}
     with tempfile.TemporaryDirectory(prefix="facescale-loader-") as temporary:
         folder = args.work or Path(temporary)
@@ -301,7 +311,7 @@ def main() -> int:
         for pictures in args.pictures:
             for size in args.sizes:
                 name = f"{pictures} -> {size}"
-                found = compare(folder / pictures, size, args.rounds, args.only, args.cold)
+                found = compare(folder / pictures, size, args.rounds, args.only, args.cold, workers)
                 ours = Work(folder / pictures / "pictures", folder / pictures / "shards", size, 0)
                 found |= {"parts": parts(ours), "sweep": sweep(ours, args.rounds)}
                 results["sets"][name] = found

@@ -42,7 +42,7 @@ class CpuDecoder:
         threads: CPU threads.
     """
 
-    ahead = 3
+    ahead = 4
     """Batches held at most: those in work and the one that leaves."""
 
     def __init__(self, source: Source, image_size: int, device: torch.device | str = "cpu", threads: int = 2) -> None:

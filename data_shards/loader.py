@@ -121,7 +121,10 @@ class Loader:
     def _make_decoder(self) -> Decoder | CpuDecoder:
         config, gpu = self.config, torch.device(self.device).type == "cuda"
         if config.decoder == "libjpeg" or (config.decoder == "auto" and not gpu):
-            return CpuDecoder(self._feed, config.image_size, self.device, config.threads)
+            spare = int(
+                not config.decode_threads
+            )  # one waits for the interpreter's lock now and then (benchmarks/README.md)
+            return CpuDecoder(self._feed, config.image_size, self.device, config.threads + spare)
         columns = (self.split.samples[name] for name in ("width", "height") if gpu)
         width, height = (int(column.max()) for column in columns) if gpu else (0, 0)
         return Decoder(
