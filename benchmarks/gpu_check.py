@@ -47,10 +47,12 @@ def _main_job(gpus: int, steps: int) -> list[tuple[str, list[str]]]:
     )
     launch += " --dynamo_backend no" + (" --multi_gpu" if gpus > 1 else "")
     options = f"-m trainer.train --config launch/recipes/demo.yaml {train} --run.folder {run} --run.evaluate-every 250"
+    profile = f"-m trainer.cli profile --config launch/recipes/demo.yaml {train} --out {FOLDER / 'profile'}"
     return [
         ("synthesize", [*facescale, "synthesize", pictures, *synthesize.split()]),
         ("shard", [*facescale, "shard", pictures, shards, *shard.split()]),
         ("train (mixed decode, NCCL)", [sys.executable, *launch.split(), *options.split()]),
+        ("profile (where a step's time goes)", [sys.executable, *launch.split(), *profile.split()]),
         ("evaluate (GPU FAISS)", [*facescale, "evaluate", run, "--device", "cuda:0"]),
         ("report", [*facescale, "report", run]),
     ]
