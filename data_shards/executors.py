@@ -59,11 +59,21 @@ def run_tasks(tasks: Sequence[Task], workers: int | None) -> Iterator[Done]:
                 for future in finished:
                     yield future.result()
                 running |= {pool.submit(run_task, task) for task in islice(rest, len(finished))}
+            _end_idle(pool)
         except BrokenProcessPool:
             raise OSError("a conversion worker died, perhaps for lack of memory: try fewer `workers`") from None
         except BaseException:
             pool.shutdown(cancel_futures=True)
             raise
+
+
+def _end_idle(pool: ProcessPoolExecutor) -> None:
+    """Ends workers that have nothing left to do, before the pool asks them to leave.
+
+    One that is killed while it waits for a task holds the queue's lock; the others would wait for that, and the pool for them.
+    """
+    for worker in list(pool._processes.values()):
+        worker.terminate()
 
 
 def _context() -> BaseContext:
