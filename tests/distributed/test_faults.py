@@ -19,7 +19,7 @@ from data_shards.synthetic import synthesize
 from tests.distributed.launching import log
 from tests.distributed.ranks import Job, steps_logged
 from trainer import checkpoint
-from trainer.heartbeats import EXIT_STALLED
+from trainer.heartbeats import BEAT_S, EXIT_STALLED
 from trainer.preemption import EXIT_PREEMPTED
 
 STEPS = 24
@@ -217,6 +217,7 @@ def test_a_rank_that_stalls_ends_the_job_and_is_named(shards, tmp_path, rank):
     run = tmp_path / "run"
     job = Job(tmp_path, 3, *options(shards, run, run__stall_s=STALL_S, run__steps=3000))
     job.until(lambda: steps_logged(run) >= 2)
+    time.sleep(3 * BEAT_S)  # one that is stopped before its first heartbeat was read cannot be killed by the others
     job.signal(rank, signal.SIGSTOP)
     stopped = time.monotonic()
     codes = job.wait(STALL_S + 10)
