@@ -126,7 +126,8 @@ def train(config: TrainConfig, accelerator: Accelerator, watchdog: Watchdog, ask
             verdicts = flags.add(step, stats.flags) + (flags.settle() if judges or saves else [])
             stopping = _heeded(verdicts, config, report)
             if last or step % config.run.log_every == 0:
-                line = report.log(step, step / plan.steps_per_epoch, rate, len(loader.undecodable))
+                with watchdog.at(f"the log of step {step}"):
+                    line = report.log(step, step / plan.steps_per_epoch, rate, len(loader.undecodable))
                 if said := guard.see(step, line["embedding_spread"], line["loss"]):
                     train_step.objective = guard.objective(objective_of(config))
                     report.event(said, everywhere=False)
