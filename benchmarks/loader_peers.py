@@ -64,7 +64,12 @@ def facescale_loader(work: Work, threads: int = 0, ahead: int = 0) -> Any:
 
 
 def facescale(work: Work) -> Batches:
-    return (normalised(batch.images) for batch in facescale_loader(work))
+    """With what the network does first: colours and normalisation, in one product."""
+    from trainer.model import normalised as recoloured
+
+    mean, std = (torch.tensor(values).view(3, 1, 1) for values in (MEAN, STD))
+    for batch in facescale_loader(work):
+        yield recoloured(batch.images, mean, std, batch.colour)
 
 
 def facescale_uint8(work: Work) -> Batches:
