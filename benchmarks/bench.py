@@ -1,4 +1,4 @@
-"""`make bench`: every benchmark in a size that fits 15 minutes on two cores, their ratios, and the table in benchmarks/README.md.
+"""`make bench`: every benchmark in a size meant for 15 minutes on two cores, their ratios, and the table in benchmarks/README.md.
 
     python benchmarks/bench.py [--only NAME ...] [--quick] [--out FOLDER] [--no-table]
 
