@@ -1,7 +1,7 @@
 # make demo    sets everything up and runs the main job on synthetic identities, in under 10 minutes on 2 CPU cores
 # make test    sets everything up and runs the tests
 # make lint    ruff and mypy
-# make bench   runs all benchmarks in a small size and writes their table, some 18 minutes on 2 CPU cores
+# make bench   runs all benchmarks in a small size and writes their table, 18 minutes on 2 CPU cores by estimate
 # make gpu-check  on a machine with a GPU: the GPU tests and the demo there, and what ran how fast
 
 PYTHON ?= $(shell command -v python3.11 || command -v python3)

@@ -41,33 +41,30 @@ def upside_down(spread: Spread) -> Spread:
     return {"median": 1 / spread["median"], "lower_quartile": 1 / low, "upper_quartile": 1 / high}
 
 
+def quotient(above: tuple[float, float, float], below: tuple[float, float, float]) -> Spread:
+    """Of two figures that are given as median, low and high: the widest that their spreads allow."""
+    return {
+        "median": above[0] / below[0],
+        "lower_quartile": above[1] / below[2],
+        "upper_quartile": above[2] / below[1],
+    }
+
+
 def of_mining(found: dict[str, Any]) -> Ratios:
     for size, times in found["sizes"].items():
-        ours = times["facescale"]
+        told = {name: (row["milliseconds"], row["fastest"], row["slowest"]) for name, row in times.items()}
         for name in ("product", "masked matrix", "pytorch-metric-learning"):
-            if theirs := times.get(name):
-                yield (
-                    f"mining {size}: {name} / facescale, time",
-                    {
-                        "median": theirs["milliseconds"] / ours["milliseconds"],
-                        "lower_quartile": theirs["fastest"] / ours["slowest"],
-                        "upper_quartile": theirs["slowest"] / ours["fastest"],
-                    },
-                )
+            if name in told:
+                yield f"mining {size}: {name} / facescale, time", quotient(told[name], told["facescale"])
 
 
 def of_convert(found: dict[str, Any]) -> Ratios:
-    rates = found["rates"]
-    ours = rates["facescale shard --check header"]
+    names = ("images_per_s", "lower_quartile", "upper_quartile")
+    told = {name: (row[names[0]], row[names[1]], row[names[2]]) for name, row in found["rates"].items()}
     for name in ("tar cf", "webdataset.ShardWriter loop"):
-        theirs = rates[name]
         yield (
             f"conversion: facescale / {name}, images/s",
-            {
-                "median": ours["images_per_s"] / theirs["images_per_s"],
-                "lower_quartile": ours["lower_quartile"] / theirs["upper_quartile"],
-                "upper_quartile": ours["upper_quartile"] / theirs["lower_quartile"],
-            },
+            quotient(told["facescale shard --check header"], told[name]),
         )
 
 

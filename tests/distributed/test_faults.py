@@ -419,6 +419,7 @@ def test_gradients_may_travel_as_bf16(shards, undisturbed, tmp_path):
     assert ours[0] == theirs[0], "before the first update"
     assert ours != theirs, "rounding must show"
     assert ours[:2] == pytest.approx(theirs[:2], rel=0.01)
+    assert ours[2] == pytest.approx(theirs[2], rel=0.05)
     assert ours == pytest.approx(theirs, rel=0.1)
 
 
