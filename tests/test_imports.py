@@ -17,23 +17,25 @@ LEVELS = {
     "phases": 0,
     "precision": 0,
     "preemption": 0,
+    "iresnet": 0,
+    "backbones": 1,
     "collectives": 1,
     "engine": 1,
     "flags": 1,
-    "model": 1,
     "metric": 1,
+    "model": 2,
     "agreement": 2,
-    "checkpoint": 2,
     "collapse": 2,
     "gradient_cache": 2,
     "watchdog": 2,
-    "train_step": 3,
-    "evaluation": 3,
-    "telemetry": 4,
-    "train": 5,
+    "checkpoint": 3,
+    "train_step": 4,
+    "evaluation": 4,
+    "telemetry": 5,
+    "train": 6,
 }
 """Parts of trainer; each imports only parts of a lower level. A part that is not listed is a command: on top."""
-COMMAND = 6
+COMMAND = 7
 
 NO_IO = ("csv", "io", "json", "os", "pathlib", "pickle", "safetensors", "shutil", "sys", "tempfile", "yaml")
 

@@ -9,7 +9,7 @@ from typing import Any
 from trainer.collectives import gather_objects
 from trainer.config import TrainConfig
 
-PACKAGES = ("facescale", "torch", "torchvision", "nvidia-dali-cuda130", "accelerate", "deepspeed", "numpy")
+PACKAGES = ("facescale", "torch", "torchvision", "timm", "nvidia-dali-cuda130", "accelerate", "deepspeed", "numpy")
 _OF_THE_MACHINE = ("data.shards", "data.stream", "data.decode_threads", "run.folder", "run.device", "model.weights")
 """Settings that may differ from machine to machine."""
 _NAMED = 8

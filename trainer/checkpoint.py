@@ -106,7 +106,7 @@ class Checkpoint:
             if names:
                 raise ValueError(
                     f"checkpoint {self.folder} is of another architecture: it {what} {min(names)} "
-                    f"({len(names)} such); check model.trunk, model.embedding_size and model.head_batchnorm"
+                    f"({len(names)} such); check model.trunk, model.head, model.embedding_size and model.head_batchnorm"
                 )
         model.load_state_dict(state)
 

@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import difflib
 import io
 import itertools
 import math
@@ -23,6 +24,9 @@ from data_shards.stream_config import StreamConfig
 
 CONFIG = "config.yaml"
 """Name of a run's settings in its folder."""
+TRUNKS = ("resnet18", "resnet34", "resnet50", "resnet101", "iresnet18", "iresnet50", "iresnet100")
+TIMM = "timm:"
+"""Before the name of any model of timm."""
 
 
 @dataclass(kw_only=True, frozen=True)
@@ -35,20 +39,60 @@ class DataConfig(LoaderConfig):
 
 @dataclass(kw_only=True, frozen=True)
 class ModelConfig:
-    trunk: Literal["resnet18", "resnet34", "resnet50", "resnet101"] = "resnet50"
-    """torchvision's network up to its pooling."""
+    trunk: str = "resnet50"
+    """The network up to its head: torchvision's resnet18, resnet34, resnet50 or resnet101; InsightFace's iresnet18, iresnet50 or
+    iresnet100; timm:NAME, any model of timm. Pictures are normalised as it wants them."""
+    head: Literal["auto", "linear", "facenet", "arcface"] = "auto"
+    """From the trunk to the embedding, before its L2 norm. linear: pooling, linear layer, `head_batchnorm`; facenet: pooling,
+    dropout, linear layer without bias, batch norm; arcface: batch norm, dropout, linear layer on all places of the convolutional
+    map, batch norm; auto: arcface for iresnets, linear for the others."""
+    dropout: float | None = None
+    """Share of the head's inputs that training puts to 0, in [0, 1); None: 0.6 for facenet, as there, 0 for the others."""
     embedding_size: int = 128
     """d: dimensions of the embedding."""
     head_batchnorm: bool = True
-    """Batch-normalise the embedding before its L2 norm, as face networks do: a batch then cannot collapse to one point."""
+    """Batch-normalise the embedding before its L2 norm, as face networks do: a batch then cannot collapse to one point. Heads
+    facenet and arcface always do."""
     weights: Path | None = None
-    """Local file with torchvision's ImageNet weights for the trunk (.pth or .safetensors); None starts at random."""
+    """Local file (.pth or .safetensors) with the trunk's published weights: torchvision's, timm's, or InsightFace's backbone.pth,
+    with its head where that is arcface; None starts at random."""
     sync_batchnorm: bool = False
     """Batch statistics over all ranks instead of each rank's own (GPU only)."""
 
     def __post_init__(self) -> None:
         if not 2 <= self.embedding_size <= 4096:
             raise ValueError(f"model.embedding_size is {self.embedding_size}; allowed is 2 to 4096")
+        if said := unknown_trunk(self.trunk):
+            raise ValueError(f"model.trunk is {said}")
+        if self.dropout is not None and not 0 <= self.dropout < 1:
+            raise ValueError(f"model.dropout is {self.dropout}; allowed is [0, 1), or None")
+        if not self.head_batchnorm and self.head_kind != "linear":
+            raise ValueError(
+                f"model.head_batchnorm is False; head {self.head_kind} has a batch norm of its own: set model.head to linear"
+            )
+
+    @property
+    def head_kind(self) -> Literal["linear", "facenet", "arcface"]:
+        """The head, or that which auto stands for."""
+        if self.head == "auto":
+            return "arcface" if self.trunk.startswith("iresnet") else "linear"
+        return self.head
+
+    @property
+    def effective_dropout(self) -> float:
+        """The share, or that which None stands for."""
+        if self.dropout is None:
+            return 0.6 if self.head_kind == "facenet" else 0.0
+        return self.dropout
+
+
+def unknown_trunk(name: str) -> str | None:
+    """What is wrong with a trunk's name, in words, or None; which models timm has is found out where one is made."""
+    if name in TRUNKS or (name.startswith(TIMM) and name != TIMM):
+        return None
+    near = difflib.get_close_matches(name, TRUNKS)
+    meant = f"did you mean {' or '.join(near)}? " if near else ""
+    return f"{name!r}; {meant}allowed are {', '.join(TRUNKS)}, and {TIMM}NAME for any model of timm"
 
 
 @dataclass(kw_only=True, frozen=True)

@@ -1,18 +1,19 @@
-"""Trunk -> pooling -> linear -> (batch norm) -> unit-norm embedding."""
+"""Trunk -> head -> unit-norm embedding."""
 
+import dataclasses
 from pathlib import Path
 from pickle import UnpicklingError
+from typing import NamedTuple
 
 import torch
-import torchvision
 from safetensors.torch import load_file
 from torch import Tensor, nn
-from torch.nn.functional import normalize
+from torch.nn.functional import dropout, normalize
+from torch.utils.flop_counter import FlopCounterMode
 
+from trainer.backbones import Trunk, difference, make_trunk, shadow
 from trainer.config import ModelConfig
-
-_MEAN = (0.485, 0.456, 0.406)  # of ImageNet, in [0, 1] per channel: what torchvision's weights expect
-_STD = (0.229, 0.224, 0.225)
+from trainer.iresnet import DEPTHS, ArcFaceHead
 
 
 class Embedder(nn.Module):
@@ -22,28 +23,40 @@ class Embedder(nn.Module):
     under autocast here, and not in a wrapper, so that DDP, DeepSpeed and evaluation compute alike; parameters and embeddings
     stay float32.
 
+    Args:
+        image_size: `data.image_size`, in pixels; shapes of a head arcface and of trunks with a fixed size depend on it.
     Raises:
-        ValueError: the weights' file is missing, is no state dict, or belongs to another architecture.
-    Source: FaceNet (Schroff et al. 2015), section 3; trunk: He et al. 2016, torchvision's implementation.
+        ValueError: timm has no such trunk; it does not go with the image size or the head; or the weights' file is missing, is no
+            state dict, or belongs to another architecture.
+    Source: FaceNet (Schroff et al. 2015), section 3: linear layer and L2 norm; head facenet: davidsandberg/facenet and
+    timesler/facenet-pytorch; head arcface: Deng et al. 2019, "option E".
     """
 
     mean: Tensor
     std: Tensor
 
-    def __init__(self, config: ModelConfig, bf16: bool = False) -> None:
+    def __init__(self, config: ModelConfig, bf16: bool = False, image_size: int = 112) -> None:
         super().__init__()
-        self.config, self.bf16 = config, bf16
-        trunk = getattr(torchvision.models, config.trunk)(weights=None)
-        width = trunk.fc.in_features
-        trunk.fc = nn.Identity()
+        self.config, self.bf16, self.image_size = config, bf16, image_size
+        trunk = make_trunk(config.trunk, image_size, maps=config.head_kind == "arcface")
+        self.trunk = trunk.network
+        self.head, self.head_norm = _make_head(trunk, config)
+        self._dropout = 0.0 if config.head_kind == "arcface" else config.effective_dropout
         if config.weights is not None:
-            _load_trunk(trunk, config)
-        self.trunk = trunk
-        self.head = nn.Linear(width, config.embedding_size)
-        size = config.embedding_size
-        self.head_norm = nn.BatchNorm1d(size, affine=False) if config.head_batchnorm else nn.Identity()
-        self.register_buffer("mean", torch.tensor(_MEAN).view(3, 1, 1), persistent=False)
-        self.register_buffer("std", torch.tensor(_STD).view(3, 1, 1), persistent=False)
+            self._load(trunk, config.weights)
+        self.register_buffer("mean", torch.tensor(trunk.mean).view(3, 1, 1), persistent=False)
+        self.register_buffer("std", torch.tensor(trunk.std).view(3, 1, 1), persistent=False)
+
+    def _load(self, trunk: Trunk, path: Path) -> None:
+        published = read_state(path, "model.weights")
+        parts = [self.trunk]
+        if self.config.trunk in DEPTHS and self.config.head_kind == "arcface":  # InsightFace's file has this head, too
+            parts, trunk = [self.trunk, self.head], dataclasses.replace(trunk, classifier=())
+        state, own = trunk.own(published), {name: value for part in parts for name, value in part.state_dict().items()}
+        if said := difference(own, state):
+            raise ValueError(f"model.weights {path} is not a state dict of {self.config.trunk}: it {said}")
+        for part in parts:
+            part.load_state_dict({name: state[name] for name in part.state_dict() if name in state})
 
     def forward(self, images: Tensor, colour: Tensor | None = None) -> Tensor:
         """Unit-norm embeddings, float32 or wider, shape (b, d).
@@ -55,7 +68,10 @@ class Embedder(nn.Module):
         with torch.autocast(images.device.type, enabled=False):
             pixels = normalised(images, self.mean, self.std, colour)  # (b, 3, H, W)
         with torch.autocast(images.device.type, torch.bfloat16, enabled=self.bf16):
-            embeddings = self.head_norm(self.head(self.trunk(pixels)))  # (b, d)
+            features = self.trunk(pixels)  # (b, width), or maps
+            if self._dropout:
+                features = dropout(features, self._dropout, self.training)
+            embeddings = self.head_norm(self.head(features))  # (b, d)
         return normalize(embeddings.to(self.mean.dtype))
 
 
@@ -81,15 +97,31 @@ def normalised(images: Tensor, mean: Tensor, std: Tensor, colour: Tensor | None 
     return pixels.contiguous(memory_format=torch.channels_last)
 
 
-def _load_trunk(trunk: nn.Module, config: ModelConfig) -> None:
-    path = config.weights
-    assert path is not None
-    state = read_state(path, "model.weights")
-    state = {name: value for name, value in state.items() if not name.startswith("fc.")}
-    try:
-        trunk.load_state_dict(state)
-    except RuntimeError:
-        raise ValueError(f"model.weights {path} is not a state dict of torchvision's {config.trunk}") from None
+def _make_head(trunk: Trunk, config: ModelConfig) -> tuple[nn.Module, nn.Module]:
+    """The head, and the norm behind it."""
+    size = config.embedding_size
+    if config.head_kind == "arcface":
+        return ArcFaceHead(trunk.width, trunk.side, size, config.effective_dropout), nn.Identity()
+    if config.head_kind == "facenet":
+        return nn.Linear(trunk.width, size, bias=False), nn.BatchNorm1d(size, eps=1e-3)
+    return nn.Linear(trunk.width, size), nn.BatchNorm1d(size, affine=False) if config.head_batchnorm else nn.Identity()
+
+
+class Size(NamedTuple):
+    """What a network costs, before anything runs."""
+
+    parameters: int
+    multiply_adds: int
+    """Of trunk and head for one picture: of convolutions and matrix products. FLOPs are twice as many."""
+
+
+def size_of(model: Embedder) -> Size:
+    """Source: torch.utils.flop_counter, on tensors without memory."""
+    counter = FlopCounterMode(display=False)
+    with torch.no_grad(), counter:
+        pixels = torch.empty((1, 3, model.image_size, model.image_size), device="meta")
+        shadow(model.head).eval()(shadow(model.trunk).eval()(pixels))
+    return Size(sum(parameter.numel() for parameter in model.parameters()), counter.get_total_flops() // 2)
 
 
 def read_state(path: Path, setting: str) -> dict[str, Tensor]:
@@ -120,7 +152,11 @@ def read_state(path: Path, setting: str) -> dict[str, Tensor]:
 
 
 def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, object]]:
-    """Weight decay for matrices and filters only, not for biases and normalisation."""
-    decayed = [p for p in model.parameters() if p.ndim > 1]
-    others = [p for p in model.parameters() if p.ndim <= 1]
+    """Weight decay for matrices and filters only, not for biases, normalisation and what timm excepts in a trunk."""
+    excepted = {
+        f"{start}.{name}" for start, part in model.named_children() for name in getattr(part, "no_weight_decay", set)()
+    }
+    trained = [(name, parameter) for name, parameter in model.named_parameters() if parameter.requires_grad]
+    decayed = [parameter for name, parameter in trained if parameter.ndim > 1 and name not in excepted]
+    others = [parameter for name, parameter in trained if parameter.ndim <= 1 or name in excepted]
     return [{"params": decayed, "weight_decay": weight_decay}, {"params": others, "weight_decay": 0.0}]

@@ -32,6 +32,7 @@ from data_shards.progress import progress
 from data_shards.windowed_plan import AnyPlan, plan_of
 from trainer import checkpoint, telemetry
 from trainer.agreement import check_ranks_agree, comparable
+from trainer.backbones import with_sync_batchnorm
 from trainer.best import Best
 from trainer.checkpoint import Trained
 from trainer.collapse import CollapseGuard
@@ -42,7 +43,7 @@ from trainer.engine import DeepSpeedEngine, Engine, PlainEngine
 from trainer.evaluation.run import check_in_training, evaluate_in_training
 from trainer.flags import Flags, Verdict
 from trainer.metric.memory import CrossBatchMemory
-from trainer.model import Embedder, parameter_groups
+from trainer.model import Embedder, parameter_groups, size_of
 from trainer.phases import next_step, phase, recorder
 from trainer.precision import use_bf16
 from trainer.preemption import EXIT_PREEMPTED, Asked, Preempted, asked_to_stop
@@ -79,6 +80,7 @@ def train(config: TrainConfig, accelerator: Accelerator, watchdog: Watchdog, ask
         accelerator.init_trackers("tensorboard")
     if rank() == 0:
         print(_headline(split, plan, config, accelerator, start, steps), file=sys.stderr)
+        print(_network(config, trained.model), file=sys.stderr)
 
     device = accelerator.device
     loader = training_loader(
@@ -227,11 +229,13 @@ def _check_same_settings(config: TrainConfig) -> None:
 
 def _prepare(config: TrainConfig, accelerator: Accelerator, batch_size: int) -> tuple[Trained, Engine]:
     """What is trained, and the engine that trains it, as accelerate wraps them."""
-    module: nn.Module = Embedder(config.model, use_bf16(config.run.precision, accelerator.device))
+    module: nn.Module = Embedder(
+        config.model, use_bf16(config.run.precision, accelerator.device), config.data.image_size
+    )
     if config.model.sync_batchnorm:
         if accelerator.device.type != "cuda":
             raise ValueError("model.sync_batchnorm is True; PyTorch has it on GPUs only")
-        module = nn.SyncBatchNorm.convert_sync_batchnorm(module)
+        module = with_sync_batchnorm(module, config.model.trunk)
     deepspeed = accelerator.distributed_type == DistributedType.DEEPSPEED
     if not deepspeed:  # its broadcast wants contiguous parameters; the images are channels-last all the same
         module = module.to(memory_format=torch.channels_last)
@@ -329,6 +333,16 @@ def _headline(
         f"rank(s); {told.steps_per_epoch:,} steps an epoch repeat {told.groups_repeated:,} and leave out "
         f"{told.groups_left_out:,} of {told.groups:,} groups; step {start:,} to {steps:,}; {accelerator.device}, {precision}; "
         f"torch {torch.__version__}, torchvision {torchvision.__version__}"
+    )
+
+
+def _network(config: TrainConfig, model: nn.Module) -> str:
+    assert isinstance(model, Embedder)
+    size = size_of(model)
+    return (
+        f"facescale: {config.model.trunk}, head {config.model.head_kind}, {config.model.embedding_size} dimensions: "
+        f"{size.parameters:,} parameters; {size.multiply_adds / 1e9:.3g} x 10^9 multiply-adds (twice as many FLOPs) forward for "
+        f"one picture of {config.data.image_size} px"
     )
 
 

@@ -362,7 +362,7 @@ def test_another_architecture_is_named_and_nothing_is_loaded(saved, shape, messa
     said = refusal(load, found, other, optimizer)
     assert said == (
         f"checkpoint {folder}/step-00000003 is of another architecture: {message}; "
-        "check model.trunk, model.embedding_size and model.head_batchnorm"
+        "check model.trunk, model.head, model.embedding_size and model.head_batchnorm"
     )
     assert same(state_of(other), before)
 

@@ -20,11 +20,11 @@ def another(kind: Any, value: Any) -> Any:
     if typing.get_origin(kind) is typing.Literal:
         return next(member for member in members if member != value)
     if value is None:
-        return {int: 3, Path: Path("weights.pth")}[members[0]]
+        return {int: 3, float: 0.25, Path: Path("weights.pth")}[members[0]]
     if isinstance(value, bool | Path):
         return not value if isinstance(value, bool) else Path("some where/shärds")
     if isinstance(value, str):
-        return "http://host/some where/shärds"
+        return "timm:any" if value == ModelConfig.trunk else "http://host/some where/shärds"
     if dataclasses.is_dataclass(kind):
         return all_other(kind)
     if isinstance(value, tuple):
@@ -97,7 +97,7 @@ def test_values_get_the_type_of_their_setting(tmp_path):
     ("text", "message"),
     [
         ("modle: {}", "unknown key 'modle'; allowed are data, plan, augment, model, loss, guard, optimizer, run"),
-        ("model: {trnk: resnet18}", "unknown key 'model.trnk'; allowed are trunk, embedding_size, "),
+        ("model: {trnk: resnet18}", "unknown key 'model.trnk'; allowed are trunk, head, "),
         ("run: {7: 7}", "unknown key 'run.7'; allowed are folder, steps"),
         ("null: {}", "unknown key 'None'"),
         ("- run", "the file is ['run']; a mapping of settings is needed"),
@@ -123,7 +123,7 @@ def test_unknown_keys_and_other_shapes_are_named(tmp_path, text, message):
         ("run: {folder: 5}", "run.folder is 5; allowed is Path"),
         ("run: {folder: 2024-01-02}", "run.folder is datetime.date(2024, 1, 2); allowed is Path"),
         ("run: {precision: fp64}", "run.precision is 'fp64'; allowed is auto or bf16 or fp32"),
-        ("model: {trunk: [resnet18]}", "model.trunk is ['resnet18']; allowed is resnet18 or"),
+        ("model: {trunk: [resnet18]}", "model.trunk is ['resnet18']; allowed is str"),
         ("model: {weights: [a]}", "model.weights is ['a']; allowed is Path"),
         ("optimizer: {learning_rate: fast}", "optimizer.learning_rate is 'fast'; allowed is float"),
         ("optimizer: {learning_rate: true}", "optimizer.learning_rate is True; allowed is float"),
@@ -256,7 +256,8 @@ def encoding(request, monkeypatch):
     [
         (["--run.stepz", "3"], "Unrecognized options: --run.stepz, 3"),
         (["frog"], "Unrecognized options: frog"),
-        (["--model.trunk", "vgg"], "invalid choice 'vgg' for argument '--model.trunk'. Expected one of ('resnet18',"),
+        (["--model.trunk", "vgg"], "Error parsing model: model.trunk is 'vgg'; allowed are resnet18, resnet34, "),
+        (["--model.head", "big"], "invalid choice 'big' for argument '--model.head'. Expected one of ('auto',"),
         (["--run.epochs", "many"], "Error parsing --run.epochs: invalid literal for int() with base 10: 'many'"),
         (["--run.steps", "-1"], "Error parsing run: run.steps is -1; it must be at least 1, or None"),
         (["--augment.crop-area", "0.5"], "Missing value for argument '--augment.crop-area'. Expected 2 values."),

@@ -94,7 +94,8 @@ def _load(run: Path, device: str, which: str) -> tuple[TrainConfig, Embedder, ch
     if not (run / CONFIG).is_file():
         raise ValueError(f"{run} is no run folder: it has no {CONFIG}")
     config = load(run / CONFIG)
-    model = Embedder(config.model, use_bf16(config.run.precision, device))
+    network = replace(config.model, weights=None)  # the checkpoint has them; the file may be gone
+    model = Embedder(network, use_bf16(config.run.precision, device), config.data.image_size)
     found = checkpoint.chosen(run / checkpoint.CHECKPOINTS, which)
     found.load_model(model)
     return config, model.to(memory_format=torch.channels_last).to(device).eval(), found
