@@ -61,7 +61,7 @@ def _add_cluster(group: argparse._ArgumentGroup) -> None:
 
 
 def _add_workload(group: argparse._ArgumentGroup) -> None:
-    group.add_argument("--trunk", help="resnet18, resnet34, resnet50 (if not given) or resnet101")
+    group.add_argument("--trunk", help="as model.trunk, with its auto head; resnet50 if not given")
     group.add_argument("--image-size", type=int, help="pixels; 112 if not given")
     group.add_argument("--p", type=int, help="identities in the global batch; 64 if not given")
     group.add_argument("--k", type=int, help="images of each; 4 if not given")

@@ -37,7 +37,9 @@ def measure(trunk: str, image_size: int, embedding_size: int, bf16: bool) -> Net
     """Counts one training step of `trainer.model.Embedder`.
 
     Args:
-        trunk: one of `ModelConfig.trunk`. image_size: pixels, 16 to 1024. embedding_size: d, 2 to 4096.
+        trunk: see `ModelConfig.trunk`; with its `auto` head. image_size: pixels, 16 to 1024. embedding_size: d, 2 to 4096.
+    Raises:
+        ValueError: see `Embedder`.
     Source: FLOPs of torch.utils.flop_counter; saved bytes of torch.autograd.graph.saved_tensors_hooks.
     """
     few, more = (_look(trunk, image_size, embedding_size, bf16, batch) for batch in (_FEW, _MORE))
@@ -59,6 +61,7 @@ def _look(trunk: str, image_size: int, embedding_size: int, bf16: bool, batch: i
     from torch._subclasses.fake_tensor import FakeTensorMode
     from torch.utils.flop_counter import FlopCounterMode
 
+    from trainer.backbones import shadow
     from trainer.config import ModelConfig
     from trainer.model import Embedder
 
@@ -73,8 +76,10 @@ def _look(trunk: str, image_size: int, embedding_size: int, bf16: bool, batch: i
         kept[tensor.untyped_storage()._cdata] = tensor
         return tensor
 
+    with torch.device("meta"):
+        real = Embedder(ModelConfig(trunk=trunk, embedding_size=embedding_size), bf16, image_size)
     with FakeTensorMode():
-        model = Embedder(ModelConfig(trunk=trunk, embedding_size=embedding_size), bf16)  # type: ignore[arg-type]
+        model = shadow(real, "cpu")
         for module in model.modules():
             if not any(True for _ in module.children()):
                 module.register_forward_hook(add)
@@ -86,40 +91,10 @@ def _look(trunk: str, image_size: int, embedding_size: int, bf16: bool, batch: i
         own = {tensor.untyped_storage()._cdata for tensor in (*model.parameters(), *model.buffers())}
         found["saved"] = sum(t.untyped_storage().nbytes() for name, t in kept.items() if name not in own)
         found["parameters"] = sum(parameter.numel() for parameter in model.parameters())
-    return found | {"forward": forward.get_total_flops(), "backward": backward.get_total_flops()}
-
-
-def iresnet(depths: tuple[int, int, int, int], image_size: int = 112, embedding_size: int = 512) -> NetworkCost:
-    """InsightFace's IResNet, which is not in this repository, counted layer by layer, in 16 bits.
-
-    Source: deepinsight/insightface, recognition/arcface_torch/backbones/iresnet.py; its model zoo says 6.3 (r50) and 12.1
-    (r100) x 10^9 multiply-adds at 112 px. Backward is taken as twice the forward.
-    """
-    side, channels = image_size, 64
-    macs, parameters, elements, layers = 0, 0, 0, 0
-
-    def convolution(kernel: int, inputs: int, outputs: int, out_side: int) -> None:
-        nonlocal macs, parameters, elements, layers
-        weights = kernel**2 * inputs * outputs
-        macs, parameters = macs + weights * out_side**2, parameters + weights + 2 * outputs
-        elements, layers = elements + 3 * outputs * out_side**2, layers + 3  # convolution, batch norm, PReLU or sum
-
-    convolution(3, 3, channels, side)
-    for width, depth in zip((64, 128, 256, 512), depths, strict=True):
-        for block in range(depth):
-            convolution(3, channels, width, side)
-            side = -(-side // 2) if block == 0 else side
-            convolution(3, width, width, side)
-            if block == 0:
-                convolution(1, channels, width, side)
-            channels = width
-    last = channels * side**2 * embedding_size
-    return NetworkCost(
-        parameters=parameters + last,
-        forward_flops=2.0 * (macs + last),
-        backward_flops=4.0 * (macs + last),
-        saved_bytes=2.0 * elements,
-        saved_once_bytes=2.0 * (parameters + last),
-        traffic_bytes=4.0 * elements,
-        layers=layers,
-    )
+        grouped = any(isinstance(module, torch.nn.Conv2d) and module.groups > 1 for module in model.modules())
+    forwards, backwards = forward.get_total_flops(), backward.get_total_flops()
+    if (
+        grouped
+    ):  # torch's counter forgets the groups of a backward: of depthwise convolutions it says tens of times too much
+        backwards = 2 * forwards
+    return found | {"forward": forwards, "backward": backwards}

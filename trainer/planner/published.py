@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from functools import partial
 
 from trainer.planner.hardware import GPUS, NETWORKS, STORAGE, Precision
-from trainer.planner.network import NetworkCost, iresnet, measure
+from trainer.planner.network import NetworkCost, measure
 from trainer.planner.rates import FITTED, README, TENSORFLOW, Basis, gpu_rates
 from trainer.planner.step import step_of
 from trainer.planner.workload import Cluster, Workload
@@ -56,7 +56,7 @@ def _resnet50(bf16: bool) -> NetworkCost:
 
 
 _HALF, _FULL = partial(_resnet50, True), partial(_resnet50, False)
-_R50, _R100 = partial(iresnet, (3, 4, 14, 3)), partial(iresnet, (3, 13, 30, 3))
+_R50, _R100 = partial(measure, "iresnet50", 112, 512, True), partial(measure, "iresnet100", 112, 512, True)
 _PFC = "arcface_torch, Partial FC 0.1; its class layer is not counted"
 
 POINTS: tuple[Point, ...] = (

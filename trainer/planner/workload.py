@@ -4,10 +4,10 @@ import math
 from dataclasses import dataclass
 from typing import Literal, get_args
 
+from trainer.config import unknown_trunk
 from trainer.planner.hardware import Gpu, Network, Precision, Storage
 
 Decode = Literal["cpu", "gpu"]
-TRUNKS = ("resnet18", "resnet34", "resnet50", "resnet101")
 MOST = {"--nodes": 65_536, "--gpus-per-node": 64, "--images": 10**11, "--identities": 10**9, "--picture-bytes": 10**8}
 
 
@@ -39,7 +39,8 @@ class Workload:
     epochs: int = 20
 
     def __post_init__(self) -> None:
-        _among("--trunk", self.trunk, TRUNKS)
+        if said := unknown_trunk(self.trunk):
+            raise ValueError(f"--trunk is {said}")
         _among("--precision", self.precision, get_args(Precision))
         _among("--optimizer", self.optimizer, ("adamw", "sgd"))
         for option, value, least, most in (

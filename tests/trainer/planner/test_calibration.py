@@ -85,7 +85,7 @@ def test_an_optimiser_that_took_no_time_and_a_loader_that_took_all(tmp_path):
     [
         ({"ranks": 0}, "ranks is 0; it must be a number from 1 on"),
         ({"ranks": 3}, "ranks x images_per_rank is 3 x 16; it must be p x k = 32"),
-        ({"trunk": "vgg"}, "--trunk is 'vgg'; allowed are resnet18, resnet34, resnet50, resnet101"),
+        ({"trunk": "vgg"}, "--trunk is 'vgg'; allowed are resnet18, resnet34, resnet50, resnet101, iresnet18, "),
         ({"trunk": 7}, "trunk is 7; it must be a text"),
         ({"image_size": True}, "image_size is True; it must be a number from 0 on"),
         ({"critical_path_s": {}}, "critical_path_s.wait is None; it must be a number from 0 on"),

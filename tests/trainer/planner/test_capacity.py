@@ -112,7 +112,7 @@ def test_no_bf16_is_told():
         ({"k": 1}, "--k is 1; allowed is 2 to 100,000"),
         ({"image_size": 8}, "--image-size is 8; allowed is 16 to 1,024"),
         ({"embedding_size": 1}, "--dim is 1; allowed is 2 to 4,096"),
-        ({"trunk": "vgg"}, "--trunk is 'vgg'; allowed are resnet18, resnet34, resnet50, resnet101"),
+        ({"trunk": "vgg"}, "--trunk is 'vgg'; allowed are resnet18, resnet34, resnet50, resnet101, iresnet18, "),
         ({"p": 9000}, "--p is 9,000; allowed is at most --identities, 8,631"),
         ({"images": 100}, "--identities is 8,631; with --images 100 at most 50 are allowed"),
         ({"picture_bytes": float("nan")}, "--picture-bytes is nan; allowed is 1 to 100,000,000"),
