@@ -4,10 +4,14 @@ from collections.abc import Sequence
 from dataclasses import asdict
 from typing import Any
 
+import torch
+
+from trainer.config import ModelConfig
 from trainer.evaluation.protocols import ProtocolConfig
 from trainer.evaluation.report.plots_training import speed
 from trainer.evaluation.report.records import Record
 from trainer.evaluation.report.tables import MISSING
+from trainer.model import Embedder, size_of
 
 Terms = list[tuple[str, str]]
 
@@ -20,11 +24,22 @@ def training(record: Record) -> str:
         "margin": f"batch-hard, margin {loss.get('margin', MISSING)}",
         "smooth": f"smooth batch-hard, margin {loss.get('margin', MISSING)}, sharpness {loss.get('sharpness', MISSING)}",
     }.get(loss.get("kind", ""), f"{loss.get('kind', MISSING)}, margin {loss.get('margin', MISSING)}")
-    network = f"Trunk {model.get('trunk', MISSING)}, {model.get('embedding_size', MISSING)} dimensions"
+    network = f"Trunk {model.get('trunk', MISSING)}, {model.get('embedding_size', MISSING)} dimensions{_size(record)}"
     trained = f"{last['step']:,} steps, {last['images_seen']:,} images"
     text = f"{network}; triplet loss ({words}) on the {loss.get('distance', MISSING)} distance; {trained}."
     pace = speed(record.log)
     return f"{text} {pace[0].upper()}{pace[1:]}." if pace else text
+
+
+def _size(record: Record) -> str:
+    """Parameters and multiply-adds of a run's network, in words; nothing where it cannot be made here."""
+    try:
+        model = ModelConfig(**(record.config["model"] | {"weights": None}))
+        with torch.device("meta"):
+            size = size_of(Embedder(model, image_size=record.config["data"]["image_size"]))
+    except (ImportError, KeyError, TypeError, ValueError):
+        return ""
+    return f", {size.parameters / 1e6:.1f} million parameters, {size.multiply_adds / 1e9:.3g} x 10^9 multiply-adds an image"
 
 
 def headlines(records: Sequence[Record]) -> Terms:
