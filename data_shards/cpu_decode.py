@@ -19,6 +19,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from data_shards.augment import central_square
 from data_shards.decode import DecodeError, Encoded, Source
 
 Pixels = NDArray[np.uint8]
@@ -134,14 +135,38 @@ def _fill(out: NDArray[np.uint8], encoded: Encoded, places: list[tuple[list[floa
         crop(picture, anchor, shape, size, number)
         for number, (picture, (anchor, shape, _)) in enumerate(zip(encoded, places, strict=True))
     ]
+    _resize_into(out, crops, [mirror for _, _, mirror in places])
+
+
+def _resize_into(out: NDArray[np.uint8], crops: Sequence[Pixels], mirrors: Sequence[int]) -> None:
+    size = out.shape[1]
     # made whole and turned by NumPy, and before: PyTorch's operations give the interpreter's lock away, and its copy of a crop
     # that is not contiguous starts threads of its own
     slots = [torch.from_numpy(slot) for slot in out.transpose(0, 3, 1, 2)[:, None]]  # (1, 3, size, size) each
     rows = [torch.from_numpy(np.ascontiguousarray(pixels).transpose(2, 0, 1)[None]) for pixels in crops]
-    for picture, slot, view, (_, _, mirror) in zip(rows, slots, out, places, strict=True):
+    for picture, slot, view, mirror in zip(rows, slots, out, mirrors, strict=True):
         _resize(picture, [size, size], False, None, None, out=slot)
         if mirror:
             cv2.flip(view, 1, dst=view)
+
+
+def central_crop(picture: NDArray[np.uint8], width: int, height: int, size: int) -> Pixels:
+    """One picture as evaluation takes it: its largest central square at size x size pixels, shape (size, size, 3).
+
+    Args:
+        picture: encoded, shape (bytes,), or RGB, shape (height, width, 3).
+        width, height: of the whole picture as displayed, in pixels.
+    Raises:
+        DecodeError: it does not decode.
+    """
+    parameters = central_square(np.array([width]), np.array([height]))
+    anchor, shape = parameters.anchor[0].tolist(), parameters.shape[0].tolist()
+    out = np.empty((1, size, size, 3), np.uint8)
+    if picture.ndim == 1:
+        _fill(out, [picture], [(anchor, shape, 0)])
+    else:
+        _resize_into(out, [_cut(picture, anchor, shape)], [0])
+    return out[0]
 
 
 def crop(
@@ -159,7 +184,10 @@ def crop(
     Raises:
         DecodeError: the picture does not decode.
     """
-    pixels = decoded(encoded, shape, size, room)
+    return _cut(decoded(encoded, shape, size, room), anchor, shape)
+
+
+def _cut(pixels: Pixels, anchor: Sequence[float], shape: Sequence[float]) -> Pixels:
     height, width, _ = pixels.shape
     left, right = _span(anchor[0], shape[0], width)
     top, bottom = _span(anchor[1], shape[1], height)

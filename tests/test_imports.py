@@ -31,6 +31,8 @@ LEVELS = {
     "checkpoint": 3,
     "train_step": 4,
     "evaluation": 4,
+    "network_inputs": 0,
+    "embedder": 5,
     "telemetry": 5,
     "train": 6,
 }

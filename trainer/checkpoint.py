@@ -309,6 +309,20 @@ def chosen(folder: Path, which: str) -> Checkpoint:
     return _checked(folder / name)
 
 
+def at(folder: Path) -> Checkpoint:
+    """The checkpoint that is this folder.
+
+    Raises:
+        ValueError: it is none, or it is damaged.
+    """
+    return _checked(folder)
+
+
+def is_checkpoint(folder: Path) -> bool:
+    """Whether the folder looks like a checkpoint."""
+    return (folder / _STATE).is_file() and (folder / _MODEL).is_file()
+
+
 def _named(pointer: Path) -> str:
     return pointer.read_text().strip() if pointer.is_file() else ""
 
