@@ -8,6 +8,7 @@ from functools import partial
 from pathlib import Path
 from typing import NoReturn
 
+from trainer.cli_align import add_align
 from trainer.cli_evaluate import add_embed, add_evaluate
 from trainer.cli_plan import add_plan
 from trainer.cli_profile import add_profile
@@ -79,6 +80,7 @@ def _command(
 
 def _add_shards(commands: argparse._SubParsersAction) -> None:
     add = partial(_command, commands)
+    add_align(add)
     add_shard(add)
     add_verify(add)
     add_shards(add, _Parser)
