@@ -41,7 +41,8 @@ class Face:
 
 
 class FaceDetector:
-    """Finds faces of some 30 pixels and more (of the picture at 1,920 pixels, where it is larger), turned by up to some 45 degrees.
+    """Finds faces of some 30 pixels and more (of the picture at 1,920 pixels, where it is larger), turned by up to some 45
+    degrees.
 
     Args:
         path: YuNet as an ONNX file, in the form of 2023 or later.
