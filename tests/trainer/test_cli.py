@@ -52,6 +52,8 @@ OPTIONS = {
     "embed": ["RUN", "OUT", "--shards", "--split", "--device"],
     "evaluate": ["RUN", "--shards", "--gallery-images", "--closed-gallery-images", "--knn", "--seed", "--device"],
     "report": ["RUN", "--out", "--pdf"],
+    "export": ["RUN", "OUT", "--format", "--checkpoint", "--push"],
+    "import": ["CHECKPOINT.pth", "OUT", "--image-size"],
     "plan": ["--gpu", "--nodes", "--p", "--shards", "--calibrate", "--check", "--json", "--out"],
     "doctor": ["--help"],
 }  # fmt: skip
