@@ -1,6 +1,7 @@
 """`facescale export` and `facescale import` on the command line."""
 
 import argparse
+import contextlib
 import json
 import sys
 from collections.abc import Callable
@@ -132,10 +133,11 @@ def _progress(run: Path, config: "TrainConfig", step: int) -> "Progress":
     from trainer.export.original import Progress
     from trainer.telemetry import LOG
 
-    path = run / LOG
-    lines = [json.loads(line) for line in path.read_text().splitlines()] if path.is_file() else []
-    reached = [line for line in lines if line["step"] <= step]
-    last = reached[-1] if reached else {"epoch": 0, "loss": None}
+    last: dict[str, Any] = {"epoch": 0, "loss": None}
+    for text in (run / LOG).read_text().splitlines() if (run / LOG).is_file() else ():
+        with contextlib.suppress(ValueError):  # the last line, cut short by a kill
+            line = json.loads(text)
+            last = line if line["step"] <= step else last
     return Progress(
         epoch=int(last["epoch"]),
         loss=last["loss"],

@@ -3,6 +3,7 @@
 The Hub is spoken to by `push` alone.
 """
 
+import hashlib
 from pathlib import Path
 
 from safetensors.torch import save_file
@@ -52,6 +53,12 @@ def read_exported(folder: Path) -> tuple[Embedder, ExportedConfig]:
         raise ValueError(f"{folder / WEIGHTS} is not of the network of {path}: it {said}")
     model.load_state_dict(state, strict=False)  # older files may lack counts of batches
     return model, config
+
+
+def weights_sha256(folder: Path) -> str:
+    """Of the weights of an exported network."""
+    with (folder / WEIGHTS).open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def check_repo(name: str) -> None:

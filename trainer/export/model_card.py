@@ -10,8 +10,8 @@ from trainer.export.config import ExportedConfig
 
 TAGS = ("face-recognition", "face-verification", "metric-learning", "image-feature-extraction")
 _METRICS = {
-    "rank1": "Rank-1, one image enrolled",
-    "rank5": "Rank-5, one image enrolled",
+    "rank1": "Rank-1",
+    "rank5": "Rank-5",
     "knn": "kNN",
     "verification_accuracy": "verification accuracy, 10 folds",
     "triplet_loss": "triplet loss",
