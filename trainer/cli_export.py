@@ -44,12 +44,14 @@ def add_import(add: ADD) -> None:
 def _export(args: argparse.Namespace) -> int:
     _check(args)
     from trainer import checkpoint
+    from trainer.config import CONFIG
     from trainer.evaluation.run import load_run
     from trainer.export.network import float32
 
-    found = checkpoint.chosen(args.run / checkpoint.CHECKPOINTS, args.checkpoint) if args.run.is_dir() else None
-    config, model = load_run(args.run, which=args.checkpoint if found is None else str(found.step))
-    assert found is not None, "load_run refuses what is no folder"
+    if not (args.run / CONFIG).is_file():
+        raise ValueError(f"{args.run} is no run folder: it has no {CONFIG}")
+    found = checkpoint.chosen(args.run / checkpoint.CHECKPOINTS, args.checkpoint)
+    config, model = load_run(args.run, which=str(found.step))
     difference = _write(args, config, float32(model), found)
     checked = "" if difference is None else f"; differs from the network by at most {difference:.1e}"
     files = ", ".join(sorted(path.name for path in args.out.iterdir()))

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 import torch
+from torch import Tensor
 
 from trainer.config import ModelConfig
 from trainer.model import Embedder
@@ -49,9 +50,10 @@ class ExportedConfig:
     @classmethod
     def of(cls, model: Embedder, **more: Any) -> "ExportedConfig":
         """That of a network; `more`: distance, step, thresholds."""
-        mean, std = (tuple(round(float(value), 6) for value in colour.flatten()) for colour in (model.mean, model.std))
         settings = dataclasses.replace(model.config, weights=None, sync_batchnorm=False)
-        return cls(model=settings, image_size=model.image_size, mean=mean, std=std, **more)
+        return cls(
+            model=settings, image_size=model.image_size, mean=_colour(model.mean), std=_colour(model.std), **more
+        )
 
     def json(self) -> str:
         """As JSON that `from_json` reads back equal."""
@@ -91,3 +93,8 @@ class ExportedConfig:
         model.mean.copy_(torch.tensor(self.mean).view(3, 1, 1))
         model.std.copy_(torch.tensor(self.std).view(3, 1, 1))
         return model.eval()
+
+
+def _colour(values: Tensor) -> Colour:
+    red, green, blue = (round(float(value), 6) for value in values.flatten())
+    return red, green, blue

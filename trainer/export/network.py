@@ -67,6 +67,8 @@ def check(name: str, run: Callable[[Tensor], Tensor], model: Embedder) -> float:
         images = torch.randint(0, 256, shape, generator=generator, dtype=torch.uint8)
         with torch.no_grad():
             expected, found = model(images), run(images.float())
+        if not expected.isfinite().all():
+            raise ValueError(f"the network's embeddings of {batch} pictures are not finite; not exported")
         if found.shape != expected.shape:
             raise ValueError(
                 f"{name} gives shape {tuple(found.shape)}, the network {tuple(expected.shape)}; not exported"

@@ -88,10 +88,10 @@ def folded(model: Embedder) -> State:
 
     norm(W x + b) = s W x + s (b - mean) + shift, with s = scale / sqrt(variance + epsilon).
     """
-    weight, bias = model.head.weight.detach().double(), torch.zeros(model.config.embedding_size, dtype=torch.float64)
-    if model.head.bias is not None:
-        bias = model.head.bias.detach().double()
-    norm = model.head_norm
+    head, norm = model.head, model.head_norm
+    assert isinstance(head, nn.Linear), "check_model refuses other heads"
+    weight = head.weight.detach().double()
+    bias = torch.zeros(len(weight), dtype=torch.float64) if head.bias is None else head.bias.detach().double()
     if isinstance(norm, nn.BatchNorm1d):
         assert norm.running_mean is not None, "a batch norm of a head has statistics"
         assert norm.running_var is not None, "a batch norm of a head has statistics"
@@ -173,5 +173,7 @@ def _trunk(state: Mapping[str, Tensor], path: Path) -> str:
 
 def _network(trunk: str, size: int) -> nn.Module:
     network: nn.Module = getattr(torchvision.models, trunk)(weights=None)
-    network.fc = nn.Linear(network.get_submodule("fc").in_features, size)
+    classifier = network.get_submodule("fc")
+    assert isinstance(classifier, nn.Linear), "torchvision's ResNets end in a linear layer"
+    network.fc = nn.Linear(classifier.in_features, size)
     return network.eval()

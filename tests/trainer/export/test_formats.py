@@ -104,6 +104,14 @@ def test_a_file_that_gives_something_else_is_refused_and_not_left(tmp_path, monk
     assert list(tmp_path.iterdir()) == []
 
 
+def test_a_network_that_gives_nan_is_refused(tmp_path):
+    model = network()
+    model.head.bias.data[0] = torch.nan
+    with pytest.raises(ValueError, match="the network's embeddings of 1 pictures are not finite; not exported"):
+        torch_export.write(model, ExportedConfig.of(model), tmp_path / "out")
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_the_batch_size_is_not_frozen_in_either(tmp_path, monkeypatch):
     """A network whose result depends on the traced batch is caught by the batches of the check."""
 
