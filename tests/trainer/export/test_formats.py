@@ -30,10 +30,26 @@ def exported(format_, make_run, tmp_path, size, **settings):
     return tmp_path / "out", model.eval()
 
 
+def says_what_it_is(out, trunk, size):
+    assert [path.name for path in out.iterdir()] == ["model.onnx"]
+    stored = onnx.load(out / "model.onnx")
+    onnx.checker.check_model(stored)
+    assert {entry.domain: entry.version for entry in stored.opset_import}[""] == onnx_format.OPSET
+    (entry,) = [entry for entry in stored.metadata_props if entry.key == "facescale"]
+    about = json.loads(entry.value)
+    assert (about["model"]["trunk"], about["image_size"], about["step"]) == (trunk, size, 7)
+    assert about["input"].startswith("RGB")
+
+
 @pytest.mark.parametrize(("trunk", "size", "settings"), TRUNKS)
 def test_onnx_gives_the_embeddings_of_pytorch(make_run, tmp_path, capfd, trunk, size, settings):
     out, model = exported("onnx", make_run, tmp_path, size, trunk=trunk, **settings)
-    assert capfd.readouterr().err == ""
+    said = capfd.readouterr()
+    assert said.err == ""
+    assert said.out.startswith(
+        f"step 7 of {tmp_path}/run as onnx in {out}: model.onnx; differs from the network by at m"
+    )
+    says_what_it_is(out, trunk, size)
     session = onnxruntime.InferenceSession(out / "model.onnx", providers=["CPUExecutionProvider"])
     assert [(given.name, given.type) for given in session.get_inputs()] == [("images", "tensor(float)")]
     assert session.get_inputs()[0].shape == ["batch", 3, size, size]
@@ -43,22 +59,6 @@ def test_onnx_gives_the_embeddings_of_pytorch(make_run, tmp_path, capfd, trunk, 
         (found,) = session.run(["embeddings"], {"images": images.float().numpy()})
         np.testing.assert_allclose(found, model(images).detach().numpy(), rtol=0, atol=1e-4)
         np.testing.assert_allclose(np.linalg.norm(found, axis=1), 1, atol=1e-5)
-
-
-def test_onnx_is_one_file_that_says_what_it_is(make_run, tmp_path, capsys):
-    out, _ = exported("onnx", make_run, tmp_path, 32)
-    assert [path.name for path in out.iterdir()] == ["model.onnx"]
-    said = capsys.readouterr().out
-    assert said.startswith(
-        f"step 7 of {tmp_path}/run as onnx in {out}: model.onnx; differs from the network by at most "
-    )
-    stored = onnx.load(out / "model.onnx")
-    onnx.checker.check_model(stored)
-    assert {entry.domain: entry.version for entry in stored.opset_import}[""] == onnx_format.OPSET
-    (entry,) = [entry for entry in stored.metadata_props if entry.key == "facescale"]
-    about = json.loads(entry.value)
-    assert (about["model"]["trunk"], about["image_size"], about["step"]) == ("resnet18", 32, 7)
-    assert about["input"].startswith("RGB")
 
 
 ALONE = """
