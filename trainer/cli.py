@@ -10,6 +10,7 @@ from typing import NoReturn
 
 from trainer.cli_align import add_align
 from trainer.cli_evaluate import add_embed, add_evaluate
+from trainer.cli_export import add_export, add_import
 from trainer.cli_plan import add_plan
 from trainer.cli_profile import add_profile
 from trainer.cli_report import add_report
@@ -118,7 +119,7 @@ def _add_train(commands: argparse._SubParsersAction) -> None:
 
 
 def _add_evaluation(commands: argparse._SubParsersAction) -> None:
-    for add in (add_embed, add_evaluate, add_report, add_plan):
+    for add in (add_embed, add_evaluate, add_report, add_export, add_import, add_plan):
         add(partial(_command, commands))
 
 
