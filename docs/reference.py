@@ -1,0 +1,153 @@
+"""Markdown of the reference: options out of the parsers, settings out of the dataclasses, the Python API by name."""
+
+import argparse
+import ast
+import dataclasses
+import inspect
+import textwrap
+import typing
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parent.parent
+
+API = (
+    ("Use a trained network", ("trainer.load_embedder",)),
+    (
+        "The plan and the loader",
+        ("data_shards.plan", "data_shards.windowed_plan", "data_shards.augment", "data_shards.loader"),
+    ),
+    ("Distances, mining, losses", ("trainer.metric.distances", "trainer.metric.mining", "trainer.metric.losses")),
+    ("Margin softmax", ("trainer.metric.margin_softmax",)),
+    (
+        "Measures",
+        (
+            "trainer.metric.identification",
+            "trainer.metric.retrieval",
+            "trainer.metric.verification",
+            "trainer.metric.templates",
+        ),
+    ),
+)
+"""What is public, in the order of the page."""
+
+
+def commands() -> str:
+    """Every command with its arguments, as the parsers have them."""
+    from trainer.cli import _parser
+
+    lines = ["# Commands", "", "Written from the program's own parsers. `facescale COMMAND --help` says the same."]
+    lines += ["", "`facescale train` takes the [settings](settings.md) as `--section.key value`, and `--config FILE`."]
+    for name, parser in leaves(_parser()):
+        lines += ["", f"## {name}", "", _text(parser.description or ""), "", f"    {_usage(parser)}", ""]
+        lines += _table(parser)
+    return "\n".join(lines) + "\n"
+
+
+def leaves(parser: argparse.ArgumentParser, name: str = "facescale") -> Iterator[tuple[str, argparse.ArgumentParser]]:
+    """Commands without further commands, with their names."""
+    further = [action for action in parser._actions if isinstance(action, argparse._SubParsersAction)]
+    if not further:
+        yield name, parser
+    for action in further:
+        for word, below in action.choices.items():
+            yield from leaves(below, f"{name} {word}")
+
+
+def _usage(parser: argparse.ArgumentParser) -> str:
+    return " ".join(parser.format_usage().removeprefix("usage: ").split())
+
+
+def _table(parser: argparse.ArgumentParser) -> list[str]:
+    actions = [action for action in parser._actions if not isinstance(action, argparse._HelpAction)]
+    if not actions:
+        return []
+    return ["| argument | is | default |", "|---|---|---|", *map(_row, actions)]
+
+
+def _row(action: argparse.Action) -> str:
+    name = f"`{', '.join(action.option_strings)}`" if action.option_strings else f"`{action.metavar or action.dest}`"
+    allowed = f" One of {', '.join(f'`{choice}`' for choice in action.choices)}." if action.choices else ""
+    shown = "" if action.default in (None, argparse.SUPPRESS, False, [], ()) else f"`{_plain(action.default)}`"
+    if action.required and action.option_strings:
+        shown = "required"
+    return f"| {name} | {_text(action.help or '')}{allowed} | {shown} |"
+
+
+def _plain(value: Any) -> str:
+    return " ".join(map(str, value)) if isinstance(value, list | tuple) else str(value)
+
+
+def _text(text: str) -> str:
+    return text.replace("%%", "%").replace("|", "\\|").replace("<", "&lt;")
+
+
+def settings() -> str:
+    """Every setting with its kind, default and docstring."""
+    from trainer.config import TrainConfig
+
+    lines = ["# Settings", "", "In a YAML file for `--config` under their section, or as `--section.key value`."]
+    for name, kind in sections(TrainConfig):
+        lines += ["", f"## {name}", "", "| setting | is | kind | default |", "|---|---|---|---|"]
+        lines += [_setting(name, field, kind) for field in dataclasses.fields(kind) if not is_section(kind, field.name)]
+    return "\n".join(lines) + "\n"
+
+
+def is_section(kind: type, name: str) -> bool:
+    """Whether a field holds settings of its own."""
+    return dataclasses.is_dataclass(typing.get_type_hints(kind)[name])
+
+
+def sections(kind: type, name: str = "") -> Iterator[tuple[str, type]]:
+    """Dotted names and classes of all sections below a class of settings, each before those in it."""
+    for field in dataclasses.fields(kind):
+        if is_section(kind, field.name):
+            below, place = typing.get_type_hints(kind)[field.name], f"{name}.{field.name}".strip(".")
+            yield place, below
+            yield from sections(below, place)
+
+
+def _setting(section: str, field: dataclasses.Field, kind: type) -> str:
+    hint = typing.get_type_hints(kind)[field.name]
+    allowed = str(hint).replace("typing.", "").replace("pathlib.", "") if typing.get_args(hint) else hint.__name__
+    default = field.default_factory() if callable(field.default_factory) else field.default
+    told = " ".join(_text(docstrings(kind).get(field.name, "")).split())
+    return f"| `{section}.{field.name}` | {told} | `{allowed.replace('|', chr(92) + '|')}` | `{_plain(default)}` |"
+
+
+def docstrings(kind: type) -> dict[str, str]:
+    """The strings that stand below the fields of a class and those it derives from."""
+    found: dict[str, str] = {}
+    for base in reversed([base for base in kind.__mro__ if dataclasses.is_dataclass(base)]):
+        body = ast.parse(textwrap.dedent(inspect.getsource(base))).body[0].body
+        for above, below in zip(body, body[1:], strict=False):
+            if (
+                isinstance(above, ast.AnnAssign)
+                and isinstance(below, ast.Expr)
+                and isinstance(below.value, ast.Constant)
+            ):
+                found[above.target.id] = below.value.value
+    return found
+
+
+def python() -> str:
+    """Names for mkdocstrings to look up; a module that is not there is left out."""
+    lines = [
+        "# Python",
+        "",
+        "Shapes: b rows of this rank, N of all ranks, d dimensions. See each function for units and errors.",
+    ]
+    for heading, names in API:
+        there = [name for name in names if is_there(name)]
+        lines += ["", f"## {heading}", ""] * bool(there)
+        lines += [line for name in there for line in (f"::: {name}", "    options:", "      heading_level: 3", "")]
+    return "\n".join(lines) + "\n"
+
+
+def is_there(name: str) -> bool:
+    """Whether a module, or a name that a package's `__init__` says, exists; found out without importing it."""
+    place = ROOT / Path(*name.split("."))
+    package, _, last = name.rpartition(".")
+    start = ROOT / Path(*package.split(".")) / "__init__.py"
+    return place.with_suffix(".py").is_file() or (start.is_file() and last in start.read_text())
