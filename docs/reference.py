@@ -7,6 +7,7 @@ import inspect
 import textwrap
 import typing
 from collections.abc import Iterator
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -121,7 +122,7 @@ def docstrings(kind: type) -> dict[str, str]:
     found: dict[str, str] = {}
     for base in reversed([base for base in kind.__mro__ if dataclasses.is_dataclass(base)]):
         body = ast.parse(textwrap.dedent(inspect.getsource(base))).body[0].body
-        for above, below in zip(body, body[1:], strict=False):
+        for above, below in pairwise(body):
             if (
                 isinstance(above, ast.AnnAssign)
                 and isinstance(below, ast.Expr)

@@ -78,7 +78,7 @@ def settings() -> set[tuple[str, str]]:
 
 
 def _is_file(name: str) -> bool:
-    return name.rpartition(".")[2] in ("md", "py", "json", "yaml", "npy", "csv")
+    return name.rpartition(".")[2] in ("md", "py", "json", "yaml", "npy", "csv", "pt", "safetensors")
 
 
 def paths() -> set[tuple[str, str]]:
