@@ -78,7 +78,8 @@ def settings() -> set[tuple[str, str]]:
 
 
 def _is_file(name: str) -> bool:
-    return name.rpartition(".")[2] in ("md", "py", "json", "yaml", "npy", "csv", "pt", "safetensors")
+    """Or Python."""
+    return name.rpartition(".")[2] in ("md", "py", "json", "yaml", "npy", "csv", "pt", "safetensors", "item")
 
 
 def paths() -> set[tuple[str, str]]:
