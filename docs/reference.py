@@ -41,7 +41,7 @@ def commands() -> str:
     lines = ["# Commands", "", "Written from the program's own parsers. `facescale COMMAND --help` says the same."]
     lines += ["", "`facescale train` takes the [settings](settings.md) as `--section.key value`, and `--config FILE`."]
     for name, parser in leaves(_parser()):
-        lines += ["", f"## {name}", "", _text(parser.description or ""), "", f"    {_usage(parser)}", ""]
+        lines += ["", f"## {name}", "", _text(parser.description or ""), "", f"    {_usage(name, parser)}", ""]
         lines += _table(parser)
     return "\n".join(lines) + "\n"
 
@@ -56,24 +56,31 @@ def leaves(parser: argparse.ArgumentParser, name: str = "facescale") -> Iterator
             yield from leaves(below, f"{name} {word}")
 
 
-def _usage(parser: argparse.ArgumentParser) -> str:
-    return " ".join(parser.format_usage().removeprefix("usage: ").split())
+def _usage(name: str, parser: argparse.ArgumentParser) -> str:
+    shown = [_name(action) for action in _shown(parser) if not action.option_strings]
+    return " ".join([name, *shown, "[options]"])
+
+
+def _shown(parser: argparse.ArgumentParser) -> list[argparse.Action]:
+    return [action for action in parser._actions if not isinstance(action, argparse._HelpAction)]
+
+
+def _name(action: argparse.Action) -> str:
+    return ", ".join(action.option_strings) or str(action.metavar or action.dest)
 
 
 def _table(parser: argparse.ArgumentParser) -> list[str]:
-    actions = [action for action in parser._actions if not isinstance(action, argparse._HelpAction)]
-    if not actions:
-        return []
-    return ["| argument | is | default |", "|---|---|---|", *map(_row, actions)]
+    rows = [_row(action) for action in _shown(parser)]
+    return ["| argument | is | default |", "|---|---|---|", *rows] if rows else []
 
 
 def _row(action: argparse.Action) -> str:
-    name = f"`{', '.join(action.option_strings)}`" if action.option_strings else f"`{action.metavar or action.dest}`"
-    allowed = f" One of {', '.join(f'`{choice}`' for choice in action.choices)}." if action.choices else ""
-    shown = "" if action.default in (None, argparse.SUPPRESS, False, [], ()) else f"`{_plain(action.default)}`"
-    if action.required and action.option_strings:
-        shown = "required"
-    return f"| {name} | {_text(action.help or '')}{allowed} | {shown} |"
+    told = _text(action.help or "").rstrip(".")
+    if action.choices:
+        told += f". One of {', '.join(f'`{choice}`' for choice in action.choices)}"
+    empty = action.default in (None, argparse.SUPPRESS, "", [], ()) or action.default is False
+    default = "" if empty else f"`{_plain(action.default)}`"
+    return f"| `{_name(action)}` | {told}. | {'required' if action.required and action.option_strings else default} |"
 
 
 def _plain(value: Any) -> str:
@@ -88,10 +95,14 @@ def settings() -> str:
     """Every setting with its kind, default and docstring."""
     from trainer.config import TrainConfig
 
-    lines = ["# Settings", "", "In a YAML file for `--config` under their section, or as `--section.key value`."]
+    lines = [
+        "# Settings",
+        "",
+        "In a YAML file for `--config` under their section, or as `--section.key value` (`--data.image-size 64`).",
+    ]
     for name, kind in sections(TrainConfig):
         lines += ["", f"## {name}", "", "| setting | is | kind | default |", "|---|---|---|---|"]
-        lines += [_setting(name, field, kind) for field in dataclasses.fields(kind) if not is_section(kind, field.name)]
+        lines += [_setting(field, kind) for field in dataclasses.fields(kind) if not is_section(kind, field.name)]
     return "\n".join(lines) + "\n"
 
 
@@ -109,12 +120,19 @@ def sections(kind: type, name: str = "") -> Iterator[tuple[str, type]]:
             yield from sections(below, place)
 
 
-def _setting(section: str, field: dataclasses.Field, kind: type) -> str:
-    hint = typing.get_type_hints(kind)[field.name]
-    allowed = str(hint).replace("typing.", "").replace("pathlib.", "") if typing.get_args(hint) else hint.__name__
-    default = field.default_factory() if callable(field.default_factory) else field.default
+def _setting(field: dataclasses.Field, kind: type) -> str:
     told = " ".join(_text(docstrings(kind).get(field.name, "")).split())
-    return f"| `{section}.{field.name}` | {told} | `{allowed.replace('|', chr(92) + '|')}` | `{_plain(default)}` |"
+    default = field.default_factory() if callable(field.default_factory) else field.default
+    return f"| `{field.name}` | {told} | {_kind(typing.get_type_hints(kind)[field.name])} | `{_plain(default)}` |"
+
+
+def _kind(hint: Any) -> str:
+    members = typing.get_args(hint)
+    if typing.get_origin(hint) is typing.Literal:
+        return ", ".join(f"`{member}`" for member in members)
+    if typing.get_origin(hint) is tuple:
+        return f"{len(members)} x {members[0].__name__}"
+    return " or ".join("None" if member is type(None) else _kind(member) for member in members) or hint.__name__
 
 
 def docstrings(kind: type) -> dict[str, str]:
