@@ -151,22 +151,26 @@ def docstrings(kind: type) -> dict[str, str]:
 
 
 def python() -> str:
-    """Names for mkdocstrings to look up; a module that is not there is left out."""
+    """Names for mkdocstrings to look up; what is not there is left out."""
     lines = [
         "# Python",
         "",
         "Shapes: b rows of this rank, N of all ranks, d dimensions. See each function for units and errors.",
     ]
     for heading, names in API:
-        there = [name for name in names if is_there(name)]
+        there = [found for name in names if (found := defined(name))]
         lines += ["", f"## {heading}", ""] * bool(there)
         lines += [line for name in there for line in (f"::: {name}", "    options:", "      heading_level: 3", "")]
     return "\n".join(lines) + "\n"
 
 
-def is_there(name: str) -> bool:
-    """Whether a module, or a name that a package's `__init__` says, exists; found out without importing it."""
-    place = ROOT / Path(*name.split("."))
+def defined(name: str) -> str | None:
+    """The dotted name of a module, or of the function below its package, wherever that is defined; found without importing it."""
     package, _, last = name.rpartition(".")
-    start = ROOT / Path(*package.split(".")) / "__init__.py"
-    return place.with_suffix(".py").is_file() or (start.is_file() and last in start.read_text())
+    folder = ROOT / Path(*package.split("."))
+    if (folder / f"{last}.py").is_file():
+        return name
+    for path in sorted(folder.rglob("*.py")):
+        if f"\ndef {last}(" in path.read_text():
+            return ".".join([*path.relative_to(ROOT).with_suffix("").parts, last]).replace(".__init__", "")
+    return None
