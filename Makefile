@@ -9,6 +9,8 @@ PYTHON ?= $(shell command -v python3.11 || command -v python3)
 BIN := .venv/bin
 STAMP := .venv/.installed
 PROCESSES ?= 2
+# files of tests that run at the same time; many of them start two processes, and wait
+TEST_PROCESSES ?= 2
 
 .PHONY: setup demo test lint docs bench bench-check gpu-check clean
 .DEFAULT_GOAL := setup
@@ -32,7 +34,7 @@ demo: $(STAMP)
 	$(BIN)/facescale report demo/run
 
 test: $(STAMP)
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest --numprocesses $(TEST_PROCESSES) --dist loadfile
 
 lint: $(STAMP)
 	$(BIN)/ruff check .
