@@ -144,9 +144,9 @@ def gradient_caching() -> Figure:
 
 
 def _order(axes: Axes) -> None:
-    steps = [(part, 3, f"part {part + 1}", RANKS[0], 0.35) for part in range(4)]
-    steps += [(4, 2, "mine, loss", RANKS[2], 0.5), (6, 1, "of embeddings", RANKS[2], 0.5)]
-    steps += [(8 + part, 0, f"part {part + 1}", RANKS[1], 0.6) for part in range(4)]
+    steps = [(part, 3, f"{part + 1}", RANKS[0], 0.35) for part in range(4)]
+    steps += [(4, 2, "mining,\nloss", RANKS[2], 0.5), (6, 1, "of each\nembedding", RANKS[2], 0.5)]
+    steps += [(8 + part, 0, f"{part + 1}", RANKS[1], 0.6) for part in range(4)]
     for at, row, text, colour, alpha in steps:
         width = 0.9 if row in (0, 3) else 1.9
         axes.add_patch(Rectangle((at, row + 0.15), width, 0.7, facecolor=colour, alpha=alpha))
@@ -159,7 +159,7 @@ def _order(axes: Axes) -> None:
     ]
     axes.set(xlim=(-0.1, 12.1), ylim=(0, 4), xticks=[], xlabel="time")
     axes.set_yticks([0.5, 1.5, 2.5, 3.5], names)
-    axes.set_title("One step in four parts", fontsize=9, loc="left")
+    axes.set_title("One step in four parts, 1 to 4", fontsize=9, loc="left")
 
 
 @svg

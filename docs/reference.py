@@ -4,6 +4,7 @@ import argparse
 import ast
 import dataclasses
 import inspect
+import re
 import textwrap
 import typing
 from collections.abc import Iterator
@@ -14,7 +15,7 @@ from typing import Any
 ROOT = Path(__file__).resolve().parent.parent
 
 API = (
-    ("Use a trained network", ("trainer.load_embedder",)),
+    ("Use a trained network", ("trainer.load_embedder", "trainer.PhotoEmbedder")),
     (
         "The plan and the loader",
         ("data_shards.plan", "data_shards.windowed_plan", "data_shards.augment", "data_shards.loader"),
@@ -165,12 +166,12 @@ def python() -> str:
 
 
 def defined(name: str) -> str | None:
-    """The dotted name of a module, or of the function below its package, wherever that is defined; found without importing it."""
+    """The dotted name of a module, or of the function or class below its package, wherever that is defined; found without importing it."""
     package, _, last = name.rpartition(".")
     folder = ROOT / Path(*package.split("."))
     if (folder / f"{last}.py").is_file():
         return name
     for path in sorted(folder.rglob("*.py")):
-        if f"\ndef {last}(" in path.read_text():
+        if re.search(rf"^(def|class) {last}\b", path.read_text(), re.MULTILINE):
             return ".".join([*path.relative_to(ROOT).with_suffix("").parts, last]).replace(".__init__", "")
     return None
