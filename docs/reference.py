@@ -166,7 +166,7 @@ def python() -> str:
 
 
 def defined(name: str) -> str | None:
-    """The dotted name of a module, or of the function or class below its package, wherever that is defined; found without importing it."""
+    """Dotted name of a module, or of a function or class wherever below its package it is defined; nothing is imported."""
     package, _, last = name.rpartition(".")
     folder = ROOT / Path(*package.split("."))
     if (folder / f"{last}.py").is_file():
