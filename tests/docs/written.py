@@ -79,7 +79,19 @@ def settings() -> set[tuple[str, str]]:
 
 def _is_file(name: str) -> bool:
     """Or Python."""
-    return name.rpartition(".")[2] in ("md", "py", "json", "yaml", "npy", "csv", "pt", "safetensors", "item")
+    return name.rpartition(".")[2] in (
+        "md",
+        "py",
+        "json",
+        "yaml",
+        "npy",
+        "csv",
+        "pt",
+        "pt2",
+        "onnx",
+        "safetensors",
+        "item",
+    )
 
 
 def paths() -> set[tuple[str, str]]:
