@@ -1,10 +1,7 @@
 """What pages and recipes already name and the program does not have yet. Empty it: a test says what has come meanwhile."""
 
 PENDING_COMMANDS = {
-    "facescale align",
     "facescale embed --network",
-    "facescale export",
-    "facescale import",
     "facescale search",
     "facescale shards forget",
 }

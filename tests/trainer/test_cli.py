@@ -41,6 +41,7 @@ def code_of(args: list[str]) -> int:
 
 OPTIONS = {
     "synthesize": ["OUT", "--identities", "--images-per-identity", "--size", "--seed", "--workers"],
+    "align": ["SOURCE", "OUT", "--size", "--faces", "--min-score", "--landmarks", "--detector", "--quality", "--workers"],
     "shard": [
         "SOURCE", "OUT", "--holdout-identities", "--holdout-images", "--shard-mib", "--images-per-group", "--order",
         "--seed", "--max-pixels", "--workers",
