@@ -29,6 +29,7 @@ LEVELS = {
     "gradient_cache": 2,
     "watchdog": 2,
     "checkpoint": 3,
+    "export": 3,
     "train_step": 4,
     "evaluation": 4,
     "network_inputs": 0,
