@@ -25,6 +25,7 @@ LEVELS = {
     "metric": 1,
     "model": 2,
     "agreement": 2,
+    "centres": 2,
     "collapse": 2,
     "gradient_cache": 2,
     "watchdog": 2,

@@ -167,10 +167,19 @@ def time_all_reduce(model: nn.Module, compression: str) -> None:
 
 def all_reduce_sum(value: Tensor) -> Tensor:
     """Sum over all ranks; no gradient, the argument is left as it is."""
+    return _all_reduce(value, dist.ReduceOp.SUM)
+
+
+def all_reduce_max(value: Tensor) -> Tensor:
+    """Largest of all ranks, element by element; no gradient, the argument is left as it is."""
+    return _all_reduce(value, dist.ReduceOp.MAX)
+
+
+def _all_reduce(value: Tensor, operation: Any) -> Tensor:
     if world_size() == 1:
         return value
     total = value.detach().to(_carrier(value.device), copy=True)
-    dist.all_reduce(total)
+    dist.all_reduce(total, operation)
     return total.to(value.device)
 
 

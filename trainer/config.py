@@ -148,6 +148,62 @@ class LossConfig:
 
 
 @dataclass(kw_only=True, frozen=True)
+class SoftmaxConfig:
+    kind: Literal["none", "arcface", "cosface", "adaface"] = "none"
+    """Margin softmax over the training identities, alone, before or beside the triplets: none leaves the triplets alone. Its class
+    centres are spread over the ranks."""
+    weight: float = 1.0
+    """Of the softmax in the sum with the triplets; 0: triplets alone after `warmup_steps`."""
+    triplet_weight: float = 1.0
+    """Of the triplets in that sum; 0: softmax alone, and the triplets' figures in the log are there to be read only."""
+    warmup_steps: int = 0
+    """The first so many steps train with the softmax alone, at weight 1."""
+    margin: float | None = None
+    """Radians (arcface), or of the cosine (cosface, adaface), in [0, 1.5]; None: 0.5, 0.35 and 0.4."""
+    scale: float = 64.0
+    """s: what cosines are multiplied by, above 0."""
+    sample_rate: float = 1.0
+    """Share of the centres that take part in a step, in (0, 1], drawn anew each time, besides those of the batch's own identities
+    (PartialFC). Below 1 each step waits for the device."""
+    learning_rate: float = 0.1
+    """Of the centres, highest; follows the schedule of `optimizer.learning_rate`, whatever `weight` is."""
+    momentum: float = 0.9
+    """Of the centres' SGD, in [0, 1)."""
+    weight_decay: float = 5e-4
+    """L2, of the centres that take part."""
+    quality_h: float = 0.333
+    """adaface: how fast the margin changes with an embedding's norm, in (0, 1]."""
+    quality_memory: float = 0.01
+    """adaface: weight of a new batch in the moving mean and deviation of the norms, in (0, 1]."""
+
+    def __post_init__(self) -> None:
+        if self.margin is not None and not 0 <= self.margin <= 1.5:
+            raise ValueError(f"softmax.margin is {self.margin}; allowed is [0, 1.5], or None")
+        for name in ("scale", "learning_rate"):
+            if not 0 < getattr(self, name) < math.inf:
+                raise ValueError(f"softmax.{name} is {getattr(self, name)}; it must be above 0 and finite")
+        for name in ("weight", "triplet_weight", "warmup_steps", "weight_decay"):
+            if not 0 <= getattr(self, name) < math.inf:
+                raise ValueError(f"softmax.{name} is {getattr(self, name)}; it must be at least 0 and finite")
+        for name in ("sample_rate", "quality_h", "quality_memory"):
+            if not 0 < getattr(self, name) <= 1:
+                raise ValueError(f"softmax.{name} is {getattr(self, name)}; allowed is above 0 and at most 1")
+        if not 0 <= self.momentum < 1:
+            raise ValueError(f"softmax.momentum is {self.momentum}; allowed is [0, 1)")
+        if not self.weight and not (self.triplet_weight and (self.kind == "none" or self.warmup_steps)):
+            raise ValueError(
+                f"softmax.weight is 0 with softmax.triplet_weight {self.triplet_weight} and softmax.warmup_steps "
+                f"{self.warmup_steps}; nothing would be trained, or no softmax: choose a weight or a warm-up above 0"
+            )
+
+    def weights(self, step: int) -> tuple[float, float]:
+        """Of the triplets and of the softmax in a step, counted from 1."""
+        if self.kind == "none":
+            return 1.0, 0.0
+        return (0.0, 1.0) if step <= self.warmup_steps else (self.triplet_weight, self.weight)
+
+
+@dataclass(kw_only=True, frozen=True)
 class GuardConfig:
     action: Literal["warn", "lower_rate", "smooth", "soft_margin", "semi_hard", "hardest_semi_hard"] = "smooth"
     """What to do when the embeddings have collapsed to a point: say so alone, train at a tenth of the learning rate, or go on
@@ -275,9 +331,17 @@ class TrainConfig:
     augment: AugmentConfig = field(default_factory=AugmentConfig)
     model: ModelConfig = field(default_factory=ModelConfig)
     loss: LossConfig = field(default_factory=LossConfig)
+    softmax: SoftmaxConfig = field(default_factory=SoftmaxConfig)
     guard: GuardConfig = field(default_factory=GuardConfig)
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
     run: RunConfig = field(default_factory=RunConfig)
+
+    def __post_init__(self) -> None:
+        if self.softmax.kind != "none" and self.loss.candidates == "own_rank":
+            raise ValueError(
+                f"softmax.kind is {self.softmax.kind}, whose centres meet the embeddings of all ranks; it does not go with "
+                "loss.candidates own_rank"
+            )
 
 
 class UsageError(ValueError):

@@ -34,6 +34,7 @@ from trainer import checkpoint, telemetry
 from trainer.agreement import check_ranks_agree, comparable
 from trainer.backbones import with_sync_batchnorm
 from trainer.best import Best
+from trainer.centres import Centres
 from trainer.checkpoint import Trained
 from trainer.collapse import CollapseGuard
 from trainer.collectives import barrier, rank, shutdown, time_all_reduce, world_size
@@ -68,6 +69,7 @@ def train(config: TrainConfig, accelerator: Accelerator, watchdog: Watchdog, ask
 
     set_seed(config.run.seed)
     trained, engine = _prepare(config, accelerator, batch_size)
+    trained.centres = _centres(config, split, accelerator.device)
     start = 0
     if resumes(config):
         newest = checkpoint.latest(config.run.folder / checkpoint.CHECKPOINTS)
@@ -95,12 +97,16 @@ def train(config: TrainConfig, accelerator: Accelerator, watchdog: Watchdog, ask
         device=device,
     )
     report = telemetry.Telemetry(
-        config.run.folder, config.plan.batch_size, accelerator.log, config.loss.effective_margin
+        config.run.folder,
+        config.plan.batch_size,
+        accelerator.log,
+        config.loss.effective_margin,
+        trained.centres.total if trained.centres is not None else 0,
     )
     keep, folder = config.run.keep_checkpoints, config.run.folder / checkpoint.CHECKPOINTS
     writer = checkpoint.Writer(folder, trained, keep=keep, shards=shards.fingerprint)
     guard = CollapseGuard(config.guard, trained.guard)
-    train_step = TrainStep(engine, config, trained.memory)
+    train_step = TrainStep(engine, config, trained.memory, trained.centres)
     train_step.objective = guard.objective(train_step.objective)
     judged = trained.ema.module if trained.ema is not None else trained.model
     flags = Flags(device)
@@ -115,6 +121,8 @@ def train(config: TrainConfig, accelerator: Accelerator, watchdog: Watchdog, ask
                 report.event(best.farewell(), everywhere=False)
                 break
             rate = set_learning_rate(trained.optimizer, config.optimizer, step, steps, guard.rate)
+            if trained.centres is not None:
+                trained.centres.follow(rate / config.optimizer.learning_rate)
             with report.waiting(), phase("wait"), watchdog.at(f"the data of step {step}", alone=True):
                 batch = next(loader)
             with watchdog.at(f"step {step}"):
@@ -215,7 +223,7 @@ def _check_same_settings(config: TrainConfig) -> None:
     if not (config.run.folder / CONFIG).is_file():
         raise ValueError(f"cannot resume {config.run.folder}: there is no run, it has no {CONFIG}")
     earlier = load(config.run.folder / CONFIG)
-    for section in ("plan", "augment", "model", "loss", "optimizer"):
+    for section in ("plan", "augment", "model", "loss", "softmax", "optimizer"):
         was, now = getattr(earlier, section), getattr(config, section)
         if was != now:
             raise ValueError(f"cannot resume {config.run.folder}: it was trained with {was}, now {now} is asked for")
@@ -230,7 +238,10 @@ def _check_same_settings(config: TrainConfig) -> None:
 def _prepare(config: TrainConfig, accelerator: Accelerator, batch_size: int) -> tuple[Trained, Engine]:
     """What is trained, and the engine that trains it, as accelerate wraps them."""
     module: nn.Module = Embedder(
-        config.model, use_bf16(config.run.precision, accelerator.device), config.data.image_size
+        config.model,
+        use_bf16(config.run.precision, accelerator.device),
+        config.data.image_size,
+        with_norms=config.softmax.kind == "adaface",
     )
     if config.model.sync_batchnorm:
         if accelerator.device.type != "cuda":
@@ -259,6 +270,14 @@ def _prepare(config: TrainConfig, accelerator: Accelerator, batch_size: int) -> 
     if deepspeed:
         return trained, DeepSpeedEngine(model)
     return trained, PlainEngine(model, optimizer.optimizer, config.optimizer.clip_norm)
+
+
+def _centres(config: TrainConfig, split: Split, device: torch.device) -> Centres | None:
+    """Of the identities that training draws: those with two pictures or more."""
+    if config.softmax.kind == "none":
+        return None
+    identities = split.identities[split.counts >= 2]
+    return Centres(config.softmax, identities, config.model.embedding_size, seed=config.run.seed, device=device)
 
 
 def make_optimizer(model: nn.Module, config: OptimizerConfig) -> Optimizer:
