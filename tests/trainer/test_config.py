@@ -35,7 +35,9 @@ def another(kind: Any, value: Any) -> Any:
 def all_other(kind: type) -> Any:
     """Settings of which none is the default."""
     hints, usual = typing.get_type_hints(kind), kind()
-    names = [field.name for field in dataclasses.fields(kind) if field.name != "memory"]  # does not go with own_rank
+    names = [
+        field.name for field in dataclasses.fields(kind) if field.name != "candidates"
+    ]  # own_rank: neither memory nor softmax
     return kind(**{name: another(hints[name], getattr(usual, name)) for name in names})
 
 
