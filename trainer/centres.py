@@ -31,7 +31,7 @@ class SoftmaxLoss(NamedTuple):
     """What a step's softmax gave, on the device."""
 
     total: Tensor
-    """Sum over the images of *all* ranks, 0-d; its gradient by the gathered embeddings is what flows through this rank's centres."""
+    """Sum over the images of *all* ranks, 0-d; its gradient by their embeddings is what flows through this rank's centres."""
     losses: Tensor
     """Of each image of all ranks, without gradient, shape (n,)."""
     cosine: Tensor
@@ -43,17 +43,17 @@ class SoftmaxLoss(NamedTuple):
 
 
 class Centres:
-    """One centre for each training identity. Rank r of W owns the identities from place floor(r C / W) to floor((r + 1) C / W).
+    """One centre for each training identity. Rank r of W owns those at the places floor(r C / W) to floor((r + 1) C / W) - 1.
 
-    Loss and gradients, those of the centres included, are those of one process with all C centres, whatever W is; which centres take
-    part in a step and where they start depends on the seed, the step and the identity alone. A centre that takes no part
+    Loss and gradients, those of the centres included, are those of one process with all C centres, whatever W is; which centres
+    take part in a step and where they start depends on the seed, the step and the identity alone. A centre that takes no part
     stays as it is: neither gradient, decay nor momentum reaches it, and its momentum waits for the next time.
 
     Args:
         identities: labels of the training identities, ascending, shape (C,).
         size: d, dimensions of an embedding.
-    Source: An et al. 2022, "Killing Two Birds with One Stone: Efficient and Robust Training of Face Recognition CNNs by Partial FC".
-        There momentum belongs to the places of a sample; here to the identity.
+    Source: An et al. 2022, "Killing Two Birds with One Stone: Efficient and Robust Training of Face Recognition CNNs by
+        Partial FC". Exactly so many are drawn there; here so many on average.
     """
 
     def __init__(
@@ -136,8 +136,8 @@ class Centres:
         return places.where(self._sorted[places] == identities, -1)
 
     def _sampled(self, own: Tensor, step: int) -> Tensor:
-        """Rows that take part, ascending: those of the batch's identities, and each other with chance `sample_rate`. Waits for the
-        device, for it alone knows how many."""
+        """Rows that take part, ascending: those of the batch's identities, and each other with chance `sample_rate`. Waits for
+        the device, for it alone knows how many."""
         drawn = uniform(self._seed, _SAMPLE, step, self._labels) < self.config.sample_rate
         chosen = torch.cat([torch.from_numpy(drawn), torch.zeros(1, dtype=torch.bool)]).to(own.device)
         chosen[own] = True  # -1: the one behind the last

@@ -150,8 +150,8 @@ class LossConfig:
 @dataclass(kw_only=True, frozen=True)
 class SoftmaxConfig:
     kind: Literal["none", "arcface", "cosface", "adaface"] = "none"
-    """Margin softmax over the training identities, alone, before or beside the triplets: none leaves the triplets alone. Its class
-    centres are spread over the ranks."""
+    """Margin softmax over the training identities, alone, before or beside the triplets, its class centres spread over the ranks;
+    none: triplets alone."""
     weight: float = 1.0
     """Of the softmax in the sum with the triplets; 0: triplets alone after `warmup_steps`."""
     triplet_weight: float = 1.0

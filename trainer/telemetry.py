@@ -150,8 +150,8 @@ def _step(line: str) -> float:
 
 
 def _totals(stats: StepStats) -> Tensor:
-    """Loss, its count, active, valid, d_ap, d_an and the softmax's four of this rank, shape (10,), float64; zeros of a step that was
-    left out."""
+    """Loss, its count, active, valid, d_ap, d_an and the softmax's four of this rank, shape (10,), float64; zeros of a step that
+    was left out."""
     parts = (stats.loss_sum, stats.divisor, stats.active, stats.valid, stats.d_ap, stats.d_an)
     totals = torch.stack([part.double() for part in parts])
     totals = torch.cat([totals, totals.new_zeros(4) if stats.softmax is None else stats.softmax])

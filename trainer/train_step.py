@@ -42,8 +42,8 @@ class StepStats(NamedTuple):
     embeddings: Tensor
     """Of all ranks (of this one where it mines alone), shape (N, d)."""
     softmax: Tensor | None = None
-    """Of this rank's images, summed: the softmax loss, the cosine with the own centre, their number; and of its centres those that
-    took part; shape (4,). None in a step without softmax."""
+    """Of this rank's images, summed: the softmax loss, the cosine with the own centre, their number; and of its centres those
+    that took part; shape (4,). None in a step without softmax."""
 
 
 class TrainStep:
@@ -120,7 +120,7 @@ class TrainStep:
         return self._centres.loss(self._bare(everyone), identities, norms, step)
 
     def _together(self, triplets: Tensor, softmax: SoftmaxLoss | None, step: int) -> Tensor:
-        """The loss that is trained: DDP averages over ranks, and each has the whole sum's gradient through its own centres alone."""
+        """The loss that is trained: each rank has the whole sum's gradient through its own centres; DDP averages over ranks."""
         if softmax is None:
             return triplets
         triplet_weight, weight = self._config.softmax.weights(step)

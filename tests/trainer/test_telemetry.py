@@ -161,7 +161,7 @@ def test_other_ranks_write_nothing_but_compute_the_line(tmp_path, report, clock,
 
 def test_counts_and_sums_are_those_of_all_ranks(report, clock, monkeypatch):
     """Rates are taken from summed counts, not averaged over ranks: 2 of 2 here and 0 of 8 there are 20 %."""
-    there = torch.tensor([0.0, 4.0, 0.0, 8.0, 8 * 0.125, 8 * 0.75, 3], dtype=torch.float64)
+    there = torch.tensor([0.0, 4.0, 0.0, 8.0, 8 * 0.125, 8 * 0.75, 0, 0, 0, 0, 3], dtype=torch.float64)
     monkeypatch.setattr(telemetry, "all_reduce_sum", lambda sums: sums + there)
     report.add(FIRST)
     clock.now += 1

@@ -1,7 +1,7 @@
 """Margin softmax over class centres that lie on many ranks: value and gradients in two passes, some centres at a time.
 
-Each rank holds the centres of some identities and the embeddings of all. What crosses the ranks is a maximum and two sums for each
-embedding; the caller brings both collectives. Memory beyond centres and gradients: O(LOGITS).
+Each rank holds the centres of some identities and the embeddings of all. What crosses the ranks is a maximum and three sums for
+each embedding; the caller brings both collectives. Memory beyond centres and gradients: O(LOGITS).
 """
 
 from collections.abc import Callable
