@@ -136,7 +136,7 @@ class Checkpoint:
             device = next(trained.model.parameters()).device
             trained.memory.load(load_file(self.folder / _MEMORY), device)
         if trained.centres is not None:
-            self._load_centres(trained.centres)
+            self.load_centres(trained.centres)
         trained.guard.update(state["guard"])
         if engine is None:
             found = torch.load(self.folder / _OPTIMIZER, map_location="cpu", weights_only=True)
@@ -152,8 +152,12 @@ class Checkpoint:
         except UnpicklingError:
             raise ValueError(f"checkpoint {self.folder}: {_ENGINE} holds objects, which could run code") from None
 
-    def _load_centres(self, centres: Centres) -> None:
-        """Each rank's new slice out of the files of the ranks that wrote them, whatever their number."""
+    def load_centres(self, centres: Centres) -> None:
+        """This rank's slice out of the files of the ranks that wrote them, whatever their number.
+
+        Raises:
+            ValueError: there are none, or they are of other identities.
+        """
         writers = self._state()["world_size"]
         paths = [self.folder / _centres(number, writers) for number in range(writers)]
         if missing := [path.name for path in paths if not path.is_file()]:

@@ -185,6 +185,6 @@ class Attached(torch.autograd.Function):
         return value.clone()
 
     @staticmethod
-    def backward(context: Any, by_value: Tensor) -> tuple[Tensor, None, None]:  # type: ignore[override]
+    def backward(context: Any, by_value: Tensor) -> tuple[Tensor, None, None]:
         (gradient,) = context.saved_tensors
         return by_value * gradient, None, None
