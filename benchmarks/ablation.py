@@ -35,6 +35,11 @@ SETTINGS = {
     "--softmax.warmup-steps 50",
     "batch-hard + 0.1 ArcFace": "--loss.kind soft_margin --softmax.kind arcface --softmax.weight 0.1",
     "smooth + 0.1 ArcFace": "--loss.kind smooth --loss.margin 0.1 --softmax.kind arcface --softmax.weight 0.1",
+    "ArcFace alone, rate 0.01": "--softmax.kind arcface --softmax.triplet-weight 0 --softmax.learning-rate 0.01",
+    "ArcFace alone, rate 0.01, scale 16": "--softmax.kind arcface --softmax.triplet-weight 0 "
+    "--softmax.learning-rate 0.01 --softmax.scale 16",
+    "batch-hard + 0.1 ArcFace, rate 0.01": "--loss.kind soft_margin --softmax.kind arcface --softmax.weight 0.1 "
+    "--softmax.learning-rate 0.01",
     "contrastive, margin 1": "--loss.kind contrastive --loss.margin 1",
     "random triplets, 0.2 at length 10": "--loss.kind margin --loss.mining random --loss.margin 0.02",
     "random triplets, 0.7 at length 10": "--loss.kind margin --loss.mining random --loss.margin 0.07",
