@@ -127,7 +127,7 @@ def test_deepspeed_trains_the_same(undisturbed, shards, tmp_path):
     for ours, theirs in zip(log(run), log(undisturbed), strict=True):
         near = 1e-4 if ours["step"] <= 2 else 0.02  # single precision: rounding grows
         for name in ("loss", "softmax_loss", "cos_own_centre"):
-            assert ours[name] == pytest.approx(theirs[name], rel=near), (ours["step"], name)
+            assert ours[name] == pytest.approx(theirs[name], rel=near, abs=near / 4), (ours["step"], name)
     found, expected = centres(run)["values"], centres(undisturbed)["values"]
     assert (found - expected).norm() <= 0.02 * expected.norm()
 
