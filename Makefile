@@ -1,6 +1,7 @@
 # make demo    sets everything up and runs the main job on synthetic identities, in under 10 minutes on 2 CPU cores
 # make test    sets everything up and runs the tests
 # make lint    ruff and mypy
+# make docs    builds the documentation into build/docs and checks every link in it
 # make bench   runs all benchmarks in a small size and writes their table, 18 minutes on 2 CPU cores by estimate
 # make gpu-check  on a machine with a GPU: the GPU tests and the demo there, and what ran how fast
 
@@ -8,8 +9,10 @@ PYTHON ?= $(shell command -v python3.11 || command -v python3)
 BIN := .venv/bin
 STAMP := .venv/.installed
 PROCESSES ?= 2
+# files of tests that run at the same time; many of them start two processes, and wait
+TEST_PROCESSES ?= 2
 
-.PHONY: setup demo test lint bench bench-check gpu-check clean
+.PHONY: setup demo test lint docs bench bench-check gpu-check clean
 .DEFAULT_GOAL := setup
 
 setup: $(STAMP)
@@ -31,12 +34,16 @@ demo: $(STAMP)
 	$(BIN)/facescale report demo/run
 
 test: $(STAMP)
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest --numprocesses $(TEST_PROCESSES) --dist loadfile
 
 lint: $(STAMP)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+
+docs: $(STAMP)
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet --config-file docs/mkdocs.yml
+	@echo "build/docs/index.html"
 
 bench: $(STAMP)
 	$(BIN)/pip install --quiet --disable-pip-version-check --requirement benchmarks/requirements.txt

@@ -50,7 +50,7 @@ def run_tasks(tasks: Sequence[Task], workers: int | None) -> Iterator[Done]:
         finally:
             close_work()
         return
-    with ProcessPoolExecutor(workers, _context(), _begin_worker, (os.getpid(),)) as pool:
+    with ProcessPoolExecutor(workers, _context(), begin_worker, (os.getpid(),)) as pool:
         rest = iter(tasks)
         try:
             running: set[Future[Done]] = {pool.submit(run_task, task) for task in islice(rest, 2 * workers)}
@@ -82,7 +82,7 @@ def _context() -> BaseContext:
     return multiprocessing.get_context("fork" if safe else "spawn")
 
 
-def _begin_worker(parent: int) -> None:
+def begin_worker(parent: int) -> None:
     """Ctrl-C reaches the workers too: they leave quietly and the parent cleans up. They never outlive the parent."""
     signal.signal(signal.SIGINT, lambda *_: os._exit(130))
     ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)

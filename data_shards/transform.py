@@ -138,7 +138,7 @@ def transform(
         if config.shortest_edge is not None:
             image = _shrink(image, config.shortest_edge)
         extension = config.extension(extension)
-        return _encoded(image, extension, config.quality), extension, *image.size
+        return encoded(image, extension, config.quality), extension, *image.size
 
 
 def decoded(
@@ -304,7 +304,16 @@ def align(image: Image.Image, landmarks: NDArray[np.float64], size: tuple[int, i
     sides = np.array(image.size)
     if not ((landmarks >= -sides) & (landmarks <= 2 * sides)).all():
         raise ValueError(f"has landmarks outside its {image.width} x {image.height} pixels")
-    matrix = similarity(landmarks, template_for(size))
+    return moved(image, similarity(landmarks, template_for(size)), size)
+
+
+def moved(image: Image.Image, matrix: NDArray[np.float64], size: tuple[int, int]) -> Image.Image:
+    """What a similarity makes of a picture; black where there is none of it.
+
+    Args:
+        matrix: of `similarity`, from the picture's pixels to the result's, whole numbers at pixel centres.
+        size: width and height of the result.
+    """
     scale = math.hypot(*matrix[:, 0])
     back = matrix[:, :2].T / scale**2
     shift = 0.5 - (back * (matrix[:, 2] + 0.5)).sum(axis=1)  # Pillow counts from the pixels' edges
@@ -314,7 +323,12 @@ def align(image: Image.Image, landmarks: NDArray[np.float64], size: tuple[int, i
     return image.transform(size, Image.Transform.AFFINE, inverse.ravel().tolist(), Image.Resampling.BILINEAR)
 
 
-def _encoded(image: Image.Image, extension: str, quality: int) -> bytes:
+def encoded(image: Image.Image, extension: str, quality: int = DEFAULT_QUALITY) -> bytes:
+    """A picture as a file's bytes, without metadata.
+
+    Raises:
+        ValueError: this format does not take it; the message is the reason.
+    """
     options: dict[str, dict[str, Any]] = {
         "jpg": {"quality": quality, "subsampling": "4:2:0"},
         "png": {"compress_level": 6},

@@ -30,6 +30,7 @@ LEVELS = {
     "gradient_cache": 2,
     "watchdog": 2,
     "checkpoint": 3,
+    "export": 3,
     "train_step": 4,
     "evaluation": 4,
     "telemetry": 5,

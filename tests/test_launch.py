@@ -9,6 +9,7 @@ import pytest
 import yaml
 from accelerate.commands.config.config_args import load_config_from_file
 
+from tests.docs.pending import PENDING_SETTINGS
 from trainer.config import load
 
 LAUNCH = Path(__file__).parents[1] / "launch"
@@ -16,6 +17,8 @@ LAUNCH = Path(__file__).parents[1] / "launch"
 
 @pytest.mark.parametrize("path", sorted((LAUNCH / "recipes").glob("*.yaml")), ids=lambda path: path.name)
 def test_recipes_load(path):
+    if PENDING_SETTINGS & yaml.safe_load(path.read_text()).keys():
+        pytest.skip("has settings that are not there yet: tests/docs/pending.py")
     config = load(path)
     assert config.plan.batch_size % 8 == 0, "a recipe should run on 1, 2, 4 and 8 processes"
 

@@ -8,7 +8,9 @@ from functools import partial
 from pathlib import Path
 from typing import NoReturn
 
+from trainer.cli_align import add_align
 from trainer.cli_evaluate import add_embed, add_evaluate
+from trainer.cli_export import add_export, add_import
 from trainer.cli_plan import add_plan
 from trainer.cli_profile import add_profile
 from trainer.cli_report import add_report
@@ -79,6 +81,7 @@ def _command(
 
 def _add_shards(commands: argparse._SubParsersAction) -> None:
     add = partial(_command, commands)
+    add_align(add)
     add_shard(add)
     add_verify(add)
     add_shards(add, _Parser)
@@ -116,7 +119,7 @@ def _add_train(commands: argparse._SubParsersAction) -> None:
 
 
 def _add_evaluation(commands: argparse._SubParsersAction) -> None:
-    for add in (add_embed, add_evaluate, add_report, add_plan):
+    for add in (add_embed, add_evaluate, add_report, add_export, add_import, add_plan):
         add(partial(_command, commands))
 
 

@@ -18,7 +18,7 @@ _MANY = "On many processes: accelerate launch --num_processes N -m trainer.cli {
 def add_embed(add: ADD) -> None:
     text = "Write the embeddings of a split; the same command again goes on where it was interrupted."
     parser = add("embed", f"{text} {_MANY.format('embed')}", _embed)
-    parser.add_argument("run", type=Path, metavar="RUN", help="run folder of `facescale train`")
+    parser.add_argument("run", type=Path, metavar="RUN", help="run folder of `facescale train`, or an exported network")
     parser.add_argument(
         "out", type=Path, metavar="OUT", help="folder to make: embeddings.npy, identities.npy, keys.txt"
     )
@@ -44,7 +44,7 @@ def _embed(args: argparse.Namespace) -> int:
 def add_evaluate(add: ADD) -> None:
     text = "Judge a checkpoint on held-out identities and images, raw pixels beside it, and on the field's test sets."
     parser = add("evaluate", f"{text} {_MANY.format('evaluate')}", _evaluate)
-    parser.add_argument("run", type=Path, metavar="RUN", help="run folder of `facescale train`")
+    parser.add_argument("run", type=Path, metavar="RUN", help="run folder of `facescale train`, or an exported network")
     parser.add_argument("--shards", help="shards to evaluate on, folder or URL; the run's own if not given")
     _add_options(parser)
     _add_protocol(parser.add_argument_group("protocol"))

@@ -55,7 +55,8 @@ class ModelConfig:
     facenet and arcface always do."""
     weights: Path | None = None
     """Local file (.pth or .safetensors) with the trunk's published weights: torchvision's, timm's, or InsightFace's backbone.pth,
-    with its head where that is arcface; None starts at random."""
+    with its head where that is arcface; or model.safetensors of an export or a checkpoint, with its head where that fits. None
+    starts at random."""
     sync_batchnorm: bool = False
     """Batch statistics over all ranks instead of each rank's own (GPU only)."""
 

@@ -15,6 +15,8 @@ from trainer.backbones import Trunk, difference, make_trunk, shadow
 from trainer.config import ModelConfig
 from trainer.iresnet import DEPTHS, ArcFaceHead
 
+_OWN = ("trunk.", "head.", "head_norm.")
+
 
 class Embedder(nn.Module):
     """Pictures to points on the unit sphere.
@@ -51,8 +53,27 @@ class Embedder(nn.Module):
         self.register_buffer("mean", torch.tensor(trunk.mean).view(3, 1, 1), persistent=False)
         self.register_buffer("std", torch.tensor(trunk.std).view(3, 1, 1), persistent=False)
 
+    def _load_own(self, state: dict[str, Tensor], path: Path) -> None:
+        """Of a checkpoint or an export of ours the trunk, and the head where all of it is of the same shapes."""
+        found: dict[str, dict[str, Tensor]] = {start: {} for start in _OWN}
+        for name, value in state.items():
+            start = next(start for start in _OWN if name.startswith(start))
+            found[start][name.removeprefix(start)] = value
+        if said := difference(self.trunk.state_dict(), found["trunk."]):
+            raise ValueError(
+                f"model.weights {path} is not of a network with trunk {self.config.trunk}: its trunk {said}"
+            )
+        self.trunk.load_state_dict(found["trunk."], strict=False)  # files of others lack counts of batches
+        if difference(self.head.state_dict(), found["head."]) is None:
+            self.head.load_state_dict(found["head."], strict=False)
+            if difference(self.head_norm.state_dict(), found["head_norm."]) is None:
+                self.head_norm.load_state_dict(found["head_norm."], strict=False)
+
     def _load(self, trunk: Trunk, path: Path) -> None:
         published = read_state(path, "model.weights")
+        if all(name.startswith(_OWN) for name in published):
+            self._load_own(published, path)
+            return
         parts = [self.trunk]
         if self.config.trunk in DEPTHS and self.config.head_kind == "arcface":  # InsightFace's file has this head, too
             parts, trunk = [self.trunk, self.head], dataclasses.replace(trunk, classifier=())

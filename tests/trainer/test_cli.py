@@ -41,6 +41,7 @@ def code_of(args: list[str]) -> int:
 
 OPTIONS = {
     "synthesize": ["OUT", "--identities", "--images-per-identity", "--size", "--seed", "--workers"],
+    "align": ["SOURCE", "OUT", "--size", "--faces", "--min-score", "--landmarks", "--detector", "--quality", "--workers"],
     "shard": [
         "SOURCE", "OUT", "--holdout-identities", "--holdout-images", "--shard-mib", "--images-per-group", "--order",
         "--seed", "--max-pixels", "--workers",
@@ -52,6 +53,8 @@ OPTIONS = {
     "embed": ["RUN", "OUT", "--shards", "--split", "--device"],
     "evaluate": ["RUN", "--shards", "--gallery-images", "--closed-gallery-images", "--knn", "--seed", "--device"],
     "report": ["RUN", "--out", "--pdf"],
+    "export": ["RUN", "OUT", "--format", "--checkpoint", "--push"],
+    "import": ["CHECKPOINT.pth", "OUT", "--image-size"],
     "plan": ["--gpu", "--nodes", "--p", "--shards", "--calibrate", "--check", "--json", "--out"],
     "doctor": ["--help"],
 }  # fmt: skip
@@ -173,6 +176,44 @@ def test_report_is_written_from_an_evaluated_run(judged, tmp_path, capsys, monke
     said = capsys.readouterr().out
     assert f"Report: {run}/report/report.html; tables: {run}/report/results.md; pictures: accuracy.png, cmc.png" in said
     assert (run / "report" / "results.json").is_file()
+
+
+def test_an_export_has_the_evaluation_of_its_weights_and_is_evaluated_alike(judged, shards, tmp_path, capsys):
+    out = tmp_path / "out"
+    assert main(["export", str(judged), str(out), "--format", "huggingface"]) == 0
+    row = json.loads((judged / "evaluation" / "results.json").read_text())[0]
+    config = json.loads((out / "config.json").read_text())
+    points = {point["target"]: point["threshold"] for point in row["tar_at_far"] if point["tar"] is not None}
+    expected = {f"far_{far:g}": (2 - 2 * similarity) ** 0.5 for far, similarity in points.items()}
+    assert expected
+    assert config["thresholds"] == pytest.approx({"verification": row["verification_threshold"], **expected}, abs=1e-5)
+    assert f"| unseen identities | {100 * row['rank1']:.2f} % |" in (out / "README.md").read_text()
+    assert main(["evaluate", str(out), "--shards", str(shards), "--knn", "3", "1", "--device", "cpu"]) == 0
+    again = json.loads((out / "evaluation" / "results.json").read_text())[0]
+    assert again == row
+
+
+def test_an_export_of_other_weights_leaves_the_evaluation_out(judged, tmp_path, capsys):
+    words = ["export", str(judged), str(tmp_path / "out"), "--format", "huggingface", "--checkpoint", "2"]
+    assert main(words) == 0
+    said = capsys.readouterr()
+    assert said.err == f"facescale: {judged}/evaluation is not known to be of these weights; left out\n"
+    assert said.out.startswith(
+        f"step 2 of {judged} as huggingface in {tmp_path}/out: README.md, config.json, model.saf"
+    )
+    assert "None was made of these weights" in (tmp_path / "out" / "README.md").read_text()
+    assert json.loads((tmp_path / "out" / "config.json").read_text())["thresholds"] == {}
+
+
+def test_an_export_has_neither_shards_nor_checkpoints(run, tmp_path, capsys):
+    out = tmp_path / "out"
+    assert main(["export", str(run), str(out), "--format", "huggingface"]) == 0
+    assert main(["evaluate", str(out)]) == 1
+    assert main(["evaluate", str(out), "--shards", "x", "--checkpoint", "best"]) == 1
+    assert capsys.readouterr().err.splitlines() == [
+        f"facescale: {out} is an exported network, which has no shards of its own: give --shards",
+        f"facescale: {out} is an exported network and has no checkpoints; leave --checkpoint out",
+    ]
 
 
 def test_report_of_several_runs_needs_a_folder(judged, tmp_path, capsys):
@@ -346,10 +387,22 @@ def test_train_into_a_folder_with_something_in_it(fails, tmp_path, shards):
     assert found.startswith(f"run folder {tmp_path}/run exists and is not empty")
 
 
-@pytest.mark.parametrize("name", ["evaluate", "embed", "report"])
+def test_export_into_a_folder_with_something_in_it(fails, tmp_path, run):
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "mine.txt").write_text("keep")
+    found = fails("export", run, tmp_path / "out", "--format", "onnx")
+    assert found == f"{tmp_path}/out exists and is not empty; choose another folder"
+
+
+def test_export_of_a_checkpoint_that_is_not_there(fails, tmp_path, run):
+    found = fails("export", run, tmp_path / "out", "--format", "original", "--checkpoint", "9")
+    assert found == f"{run}/checkpoints has no checkpoint step-00000009; there are step-00000002, step-00000003"
+
+
+@pytest.mark.parametrize("name", ["evaluate", "embed", "report", "export"])
 def test_a_folder_that_is_no_run(fails, tmp_path, name):
     (tmp_path / "some").mkdir()
-    out = [tmp_path / "out"] if name == "embed" else []
+    out = {"embed": [tmp_path / "out"], "export": [tmp_path / "out", "--format", "onnx"]}.get(name, [])
     message = fails(name, tmp_path / "some", *out)
     assert f"{tmp_path}/some is n" in message  # … is no run folder, … is not the folder of a run
     assert "config.yaml" in message

@@ -17,7 +17,7 @@ from data_shards.loader import LoaderConfig
 from data_shards.progress import progress
 from trainer import checkpoint
 from trainer.collectives import broadcast_buffers, gather_objects, rank
-from trainer.config import CONFIG, TrainConfig, load
+from trainer.config import CONFIG, DataConfig, LossConfig, TrainConfig, load
 from trainer.evaluation.draws import draw_identities
 from trainer.evaluation.embed import PIXEL_SIZE, Function, embed, mirrored, raw_pixels
 from trainer.evaluation.embedding_store import (
@@ -44,6 +44,7 @@ from trainer.evaluation.results import (
 from trainer.evaluation.search.finder import EXACT, SPLIT
 from trainer.evaluation.sets.judge import SetsConfig, judge_sets
 from trainer.evaluation.sets.prepared import Embed
+from trainer.export.huggingface import is_exported, read_exported, weights_sha256
 from trainer.model import Embedder
 from trainer.precision import use_bf16
 
@@ -82,6 +83,7 @@ def load_run(run: Path, device: str = "cpu", which: str = "latest") -> tuple[Tra
     """Config of a run and the network of a checkpoint, in evaluation mode on `device`.
 
     Args:
+        run: run folder, or a folder of `facescale export --format huggingface`, which has no checkpoints to choose from.
         which: see `checkpoint.chosen`.
     Raises:
         ValueError: no run there, no such checkpoint, a damaged one or one of another architecture.
@@ -90,7 +92,16 @@ def load_run(run: Path, device: str = "cpu", which: str = "latest") -> tuple[Tra
     return config, model
 
 
-def _load(run: Path, device: str, which: str) -> tuple[TrainConfig, Embedder, checkpoint.Checkpoint]:
+def _load(run: Path, device: str, which: str) -> tuple[TrainConfig, Embedder, dict[str, Any]]:
+    """The last is what `encoder_of` tells of the weights: step and SHA-256."""
+    if is_exported(run) and not (run / CONFIG).is_file():
+        config, model, about = _load_exported(run, which)
+    else:
+        config, model, about = _load_checkpoint(run, device, which)
+    return config, model.to(memory_format=torch.channels_last).to(device).eval(), about
+
+
+def _load_checkpoint(run: Path, device: str, which: str) -> tuple[TrainConfig, Embedder, dict[str, Any]]:
     if not (run / CONFIG).is_file():
         raise ValueError(f"{run} is no run folder: it has no {CONFIG}")
     config = load(run / CONFIG)
@@ -98,7 +109,22 @@ def _load(run: Path, device: str, which: str) -> tuple[TrainConfig, Embedder, ch
     model = Embedder(network, use_bf16(config.run.precision, device), config.data.image_size)
     found = checkpoint.chosen(run / checkpoint.CHECKPOINTS, which)
     found.load_model(model)
-    return config, model.to(memory_format=torch.channels_last).to(device).eval(), found
+    return config, model, {"step": found.step, "weights": found.weights_sha256}
+
+
+def _load_exported(folder: Path, which: str) -> tuple[TrainConfig, Embedder, dict[str, Any]]:
+    if which != checkpoint.LATEST:
+        raise ValueError(f"{folder} is an exported network and has no checkpoints; leave --checkpoint out")
+    model, found = read_exported(folder)
+    data, loss = DataConfig(image_size=found.image_size), LossConfig(distance=found.distance)
+    config = TrainConfig(data=data, model=found.model, loss=loss)
+    return config, model, {"step": found.step, "weights": weights_sha256(folder)}
+
+
+def _open(run: Path, shards: Path | str | None, config: TrainConfig) -> ShardSet:
+    if shards is None and not (run / CONFIG).is_file():
+        raise ValueError(f"{run} is an exported network, which has no shards of its own: give --shards")
+    return ShardSet.open(shards or config.data.shards, config.data.stream)
 
 
 def encoder_of(run: Path, options: EmbedOptions, device: str) -> tuple[TrainConfig, Encoder]:
@@ -110,8 +136,7 @@ def encoder_of(run: Path, options: EmbedOptions, device: str) -> tuple[TrainConf
     config, model, found = _load(run, device, options.checkpoint)
     about = {
         "embedder": FACESCALE,
-        "step": found.step,
-        "weights": found.weights_sha256,
+        **found,
         "precision": "bf16" if model.bf16 else "fp32",
         "mirror": options.mirror,
     }
@@ -138,7 +163,7 @@ def evaluate(
     """
     protocol, sets, options = protocol or ProtocolConfig(), sets or SetsConfig(), options or EmbedOptions()
     config, encoder = encoder_of(run, options, device)
-    source = ShardSet.open(shards or config.data.shards, config.data.stream)
+    source = _open(run, shards, config)
     held_out = [name for name in SETS if name in source.splits]
     if not held_out and not (sets.pairs or sets.bins or sets.ijb or sets.distractors):
         raise ValueError(f"{source.location} holds nothing out: shard with --holdout-identities or --holdout-images")
@@ -327,5 +352,5 @@ def write_embeddings(
     """
     options = options or EmbedOptions()
     config, encoder = encoder_of(run, options, device)
-    opened = ShardSet.open(shards or config.data.shards, config.data.stream).split(split)
+    opened = _open(run, shards, config).split(split)
     return embed_to(out, encoder, opened, fingerprint=opened.fingerprint, dtype=options.dtype, device=device)

@@ -1,0 +1,12 @@
+"""What pages and recipes already name and the program does not have yet. Empty it: a test says what has come meanwhile."""
+
+PENDING_COMMANDS = {
+    "facescale embed --network",
+    "facescale search",
+    "facescale shards forget",
+}
+"""Commands, and options of commands."""
+PENDING_SETTINGS = {"softmax", "run.trackers"}
+"""Settings, or whole sections."""
+PENDING_PATHS: set[str] = set()
+"""Files and folders of the repository."""
