@@ -6,7 +6,7 @@ PENDING_COMMANDS = {
     "facescale shards forget",
 }
 """Commands, and options of commands."""
-PENDING_SETTINGS = {"softmax", "run.trackers"}
+PENDING_SETTINGS = {"run.trackers"}
 """Settings, or whole sections."""
 PENDING_PATHS: set[str] = set()
 """Files and folders of the repository."""
