@@ -31,9 +31,9 @@ def test_each_centre_has_one_owner(world_size):
 def test_a_centre_starts_where_seed_and_identity_say():
     every = initial(np.arange(2000), 31, seed=3)
     assert np.array_equal(every[[5, 900]], initial(np.array([5, 900]), 31, seed=3))
-    assert not np.isclose(every[5], initial(np.array([5]), 31, seed=4)).any()
-    assert np.square(every).sum(1).mean() == pytest.approx(1, rel=0.02)
-    assert np.abs(every.mean(0)).max() < 4 / np.sqrt(2000 * 31)
+    assert not np.isclose(every[5], initial(np.array([5]), 31, seed=4), atol=0).any()
+    assert np.square(every).mean() == pytest.approx(0.01**2, rel=0.02)
+    assert np.abs(every.mean(0)).max() < 5 * 0.01 / np.sqrt(2000)
     correlations = np.corrcoef(every.T) - np.eye(31)
     assert np.abs(correlations).max() < 5 / np.sqrt(2000)
 
