@@ -1,6 +1,6 @@
 """Which triplets to train with: Rank-1 on unseen identities after equally many images, several seeds, a table and a plot.
 
-    python benchmarks/ablation.py [--shards demo/shards] [--seeds 3] [--steps 200] [--only NAME ...]
+    python benchmarks/ablation.py [--shards demo/shards] [--seeds 3] [--steps 200] [--only NAME ...] [--out results.json]
 
 Two processes on the CPU, ResNet-18 at 48 px from random weights, P x K = 24 x 4, AdamW 3e-3. The original project trained on
 random triplets of embeddings of length 10, so that its margins 0.2, 0.7, 1.7 and 1.9 are 0.02 to 0.19 of unit-norm embeddings.
@@ -110,9 +110,10 @@ def main() -> int:
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--steps", type=int, default=200)
     parser.add_argument("--only", nargs="*", choices=list(SETTINGS), default=list(SETTINGS))
+    parser.add_argument("--out", type=Path, default=RESULTS / "ablation.json", help="results; the plot lies beside it")
     args = parser.parse_args()
-    RESULTS.mkdir(exist_ok=True)
-    path = RESULTS / "ablation.json"
+    path = args.out
+    path.parent.mkdir(exist_ok=True)
     results = json.loads(path.read_text()) if path.is_file() else {}
     for seed in range(args.seeds):
         for name in args.only:
@@ -122,7 +123,7 @@ def main() -> int:
                 path.write_text(json.dumps(results, indent=1) + "\n")
                 print(name, seed, runs[str(seed)], flush=True)
     print(table(results))
-    plot(results, RESULTS / "ablation.png")
+    plot(results, path.with_suffix(".png"))
     return 0
 
 
