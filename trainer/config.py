@@ -297,6 +297,11 @@ class RunConfig:
     """Seconds that a rank may take for one thing (a step, its data, a checkpoint) before the job is ended and the rank named."""
     tensorboard: bool = True
     """Write TensorBoard events to the run folder."""
+    trackers: tuple[Literal["wandb", "mlflow", "trackio"], ...] = ()
+    """Who else gets the figures: Weights & Biases, MLflow, Trackio. They write below the run folder unless their own variables
+    say where to send them: WANDB_MODE=online, MLFLOW_TRACKING_URI, TRACKIO_SPACE_ID."""
+    tracker_project: str = "facescale"
+    """What the trackers call the project, or experiment, that the run belongs to."""
 
     def __post_init__(self) -> None:
         for name in ("epochs", "log_every", "evaluate_images", "checkpoint_every", "keep_checkpoints"):
@@ -313,6 +318,10 @@ class RunConfig:
         for name in ("evaluate_every", "patience"):
             if getattr(self, name) < 0:
                 raise ValueError(f"run.{name} is {getattr(self, name)}; it must be at least 0")
+        if len(set(self.trackers)) < len(self.trackers):
+            raise ValueError(f"run.trackers is {' '.join(self.trackers)}; each may be named once")
+        if not self.tracker_project.strip():
+            raise ValueError("run.tracker_project is empty; the trackers need a name")
         if self.best_metric != "none" and not self.evaluate_every:
             raise ValueError(
                 f"run.best_metric is {self.best_metric}, but run.evaluate_every is 0; evaluate every so many steps"
@@ -444,8 +453,11 @@ def _convert(kind: Any, value: Any, where: str) -> Any:
         return None if value is None else _convert(members[0], value, where)
     if origin is Literal and value in members:
         return value
-    if origin is tuple and isinstance(value, list) and len(value) == len(members):
-        return tuple(_convert(member, item, where) for member, item in zip(members, value, strict=True))
+    if origin is tuple and isinstance(value, list):
+        if members[1:] == (...,):
+            return tuple(_convert(members[0], item, where) for item in value)
+        if len(value) == len(members):
+            return tuple(_convert(member, item, where) for member, item in zip(members, value, strict=True))
     if kind is Path and isinstance(value, str):
         return Path(value)
     if kind is float and isinstance(value, int | float | str) and not isinstance(value, bool):
@@ -455,5 +467,5 @@ def _convert(kind: Any, value: Any, where: str) -> Any:
         return value
     allowed = " or ".join(map(str, members)) if origin is Literal else getattr(kind, "__name__", str(kind))
     if origin is tuple:
-        allowed = f"a list of {len(members)} numbers"
+        allowed = "a list" if members[1:] == (...,) else f"a list of {len(members)} numbers"
     raise ValueError(f"{where} is {value!r}; allowed is {allowed}")

@@ -3,9 +3,10 @@
 import json
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -17,13 +18,20 @@ from trainer.train_step import StepStats
 LOG, EVALUATIONS, EVENTS = "log.jsonl", "evaluations.jsonl", "events.jsonl"
 
 
+class Tracking(Protocol):
+    """Trackers, as `trainer.trackers.Trackers` is; both methods return what is to be said of those that failed."""
+
+    def log(self, values: dict[str, float], step: int) -> list[str]: ...
+    def end(self) -> list[str]: ...
+
+
 class Telemetry:
     """Adds up what the steps report, on the device, and writes it out at the steps that log.
 
     Args:
         folder: the run folder.
         global_batch: images of one step over all ranks.
-        track: sends (values, step) to the trackers.
+        trackers: get the same figures.
         margin: of the loss, which it is told relative to; None for none.
         centres: of the softmax, over all ranks; 0 without.
     """
@@ -32,12 +40,12 @@ class Telemetry:
         self,
         folder: Path,
         global_batch: int,
-        track: Callable[[dict[str, float], int], None],
+        trackers: Tracking,
         margin: float | None = None,
         centres: int = 0,
     ) -> None:
         self._centres = centres
-        self._folder, self._global_batch, self._track, self._margin = folder, global_batch, track, margin
+        self._folder, self._global_batch, self._trackers, self._margin = folder, global_batch, trackers, margin
         self._embeddings: Tensor | None = None  # of the last step that was not left out
         self._skipped = 0
         self._restart()
@@ -119,6 +127,15 @@ class Telemetry:
         """Writes the result of an evaluation on rank 0. The time that it took is not counted as training."""
         self._write(EVALUATIONS, {"step": step, "images_seen": step * self._global_batch, **scalars})
         self._track({f"evaluation/{name}": value for name, value in scalars.items()}, step)
+
+    def end(self) -> None:
+        """After the last word: waits for the trackers."""
+        for said in self._trackers.end():
+            self.event(said)
+
+    def _track(self, values: dict[str, float], step: int) -> None:
+        for said in self._trackers.log(values, step):
+            self.event(said)
 
     @contextmanager
     def paused(self) -> Iterator[None]:

@@ -48,6 +48,8 @@ from trainer.model import Embedder, parameter_groups, size_of
 from trainer.phases import next_step, phase, recorder
 from trainer.precision import use_bf16
 from trainer.preemption import EXIT_PREEMPTED, Asked, Preempted, asked_to_stop
+from trainer.rank_logs import logged
+from trainer.trackers import Trackers, check_installed
 from trainer.train_step import TrainStep, objective_of
 from trainer.watchdog import Watchdog
 
@@ -66,6 +68,7 @@ def train(config: TrainConfig, accelerator: Accelerator, watchdog: Watchdog, ask
     steps = config.run.steps or config.run.epochs * plan.steps_per_epoch
     held_out = _held_out(shards, config)
     check_folder(config)
+    check_installed(config.run)
 
     set_seed(config.run.seed)
     trained, engine = _prepare(config, accelerator, batch_size)
@@ -78,11 +81,7 @@ def train(config: TrainConfig, accelerator: Accelerator, watchdog: Watchdog, ask
         start = newest.step
     check_ranks_agree({**comparable(config), "start": start, "plan": plan.summary(), "shards": shards.fingerprint})
     make_folder(config, start)
-    if config.run.tensorboard:
-        accelerator.init_trackers("tensorboard")
-    if rank() == 0:
-        print(_headline(split, plan, config, accelerator, start, steps), file=sys.stderr)
-        print(_network(config, trained.model), file=sys.stderr)
+    trackers = Trackers(config)
 
     device = accelerator.device
     loader = training_loader(
@@ -99,7 +98,7 @@ def train(config: TrainConfig, accelerator: Accelerator, watchdog: Watchdog, ask
     report = telemetry.Telemetry(
         config.run.folder,
         config.plan.batch_size,
-        accelerator.log,
+        trackers,
         config.loss.effective_margin,
         trained.centres.total if trained.centres is not None else 0,
     )
@@ -113,7 +112,10 @@ def train(config: TrainConfig, accelerator: Accelerator, watchdog: Watchdog, ask
     best = Best(config.run.best_metric, config.run.patience)
     best.see_log(config.run.folder / telemetry.EVALUATIONS, start)
 
-    with progress("train", steps, "steps", enabled=rank() == 0) as advance:
+    with logged(config.run.folder), progress("train", steps, "steps", enabled=rank() == 0) as advance:
+        if rank() == 0:
+            print(_headline(split, plan, config, accelerator, start, steps), file=sys.stderr)
+            print(_network(config, trained.model), file=sys.stderr)
         advance(start)
         for step in range(start + 1, steps + 1):
             next_step()
@@ -154,8 +156,9 @@ def train(config: TrainConfig, accelerator: Accelerator, watchdog: Watchdog, ask
                     writer.save(step, wait=last or stopping or best.exhausted, best=better)
             advance(1)
             if stopping and not last:
+                report.end()
                 raise Preempted(step)
-    accelerator.end_training()
+    report.end()
     barrier()
 
 
@@ -333,8 +336,6 @@ def make_accelerator(config: RunConfig) -> Accelerator:
         cpu=cpu and not deepspeed,  # accelerate takes cpu=True for "not DeepSpeed"
         mixed_precision="no",  # the model's own autocast is what run.precision sets
         kwargs_handlers=handlers,
-        log_with="tensorboard" if config.tensorboard else None,
-        project_dir=config.folder,
     )
     if not cpu:
         torch.backends.cudnn.benchmark = True
