@@ -418,8 +418,25 @@ def load(path: Path) -> TrainConfig:
 def save(config: TrainConfig, path: Path) -> None:
     """Writes all settings as YAML that `load` reads back equal; the file is whole or not there."""
     aside = path.with_name(f".{path.name}.partial")
-    aside.write_text(yaml.safe_dump(_plain(dataclasses.asdict(config)), sort_keys=False))
+    aside.write_text(dumped(config))
     aside.rename(path)
+
+
+def dumped(config: TrainConfig | dict[str, Any]) -> str:
+    """Settings as YAML that `load` reads back equal."""
+    found = dataclasses.asdict(config) if isinstance(config, TrainConfig) else config
+    return yaml.safe_dump(_plain(found), sort_keys=False)
+
+
+def changed(config: Any, usual: Any = None) -> dict[str, Any]:
+    """Sections with the settings alone that are not the default; empty where none is."""
+    usual = type(config)() if usual is None else usual
+    found = {}
+    for name in vars(config):
+        value, default = getattr(config, name), getattr(usual, name)
+        if value != default:
+            found[name] = changed(value, default) if dataclasses.is_dataclass(value) else value
+    return found
 
 
 def _plain(value: Any) -> Any:
