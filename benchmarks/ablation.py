@@ -1,6 +1,6 @@
 """Which triplets to train with: Rank-1 on unseen identities after equally many images, several seeds, a table and a plot.
 
-    python benchmarks/ablation.py [--shards demo/shards] [--seeds 3] [--steps 200] [--only NAME ...]
+    python benchmarks/ablation.py [--shards demo/shards] [--seeds 3] [--steps 200] [--only NAME ...] [--out results.json]
 
 Two processes on the CPU, ResNet-18 at 48 px from random weights, P x K = 24 x 4, AdamW 3e-3. The original project trained on
 random triplets of embeddings of length 10, so that its margins 0.2, 0.7, 1.7 and 1.9 are 0.02 to 0.19 of unit-norm embeddings.
@@ -17,6 +17,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "benchmarks" / "results"
+ARCFACE = "--softmax.kind arcface --softmax.scale 16"
 SETTINGS = {
     "smooth (the default)": "--loss.kind smooth --loss.margin 0.1",
     "smooth, own rank": "--loss.kind smooth --loss.margin 0.1 --loss.candidates own_rank",
@@ -27,6 +28,14 @@ SETTINGS = {
     "semi-hard, margin 0.2": "--loss.kind margin --loss.mining semi_hard --loss.margin 0.2",
     "batch-all, margin 0.2": "--loss.kind margin --loss.mining batch_all --loss.margin 0.2",
     "distance-weighted, margin 0.2": "--loss.kind margin --loss.mining distance_weighted --loss.margin 0.2",
+    "ArcFace alone": "--softmax.kind arcface --softmax.triplet-weight 0",
+    "ArcFace alone, scale 16": f"{ARCFACE} --softmax.triplet-weight 0",
+    "CosFace alone, scale 16": "--softmax.kind cosface --softmax.scale 16 --softmax.triplet-weight 0",
+    "AdaFace alone, scale 16": "--softmax.kind adaface --softmax.scale 16 --softmax.triplet-weight 0",
+    "ArcFace alone, scale 16, a third of the centres": f"{ARCFACE} --softmax.triplet-weight 0 --softmax.sample-rate 0.33",
+    "ArcFace for 50 steps, then batch-hard": f"{ARCFACE} --loss.kind soft_margin --softmax.weight 0 --softmax.warmup-steps 50",
+    "batch-hard + 0.1 ArcFace": f"{ARCFACE} --loss.kind soft_margin --softmax.weight 0.1",
+    "smooth + 0.1 ArcFace": f"{ARCFACE} --loss.kind smooth --loss.margin 0.1 --softmax.weight 0.1",
     "contrastive, margin 1": "--loss.kind contrastive --loss.margin 1",
     "random triplets, 0.2 at length 10": "--loss.kind margin --loss.mining random --loss.margin 0.02",
     "random triplets, 0.7 at length 10": "--loss.kind margin --loss.mining random --loss.margin 0.07",
@@ -101,9 +110,10 @@ def main() -> int:
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--steps", type=int, default=200)
     parser.add_argument("--only", nargs="*", choices=list(SETTINGS), default=list(SETTINGS))
+    parser.add_argument("--out", type=Path, default=RESULTS / "ablation.json", help="results; the plot lies beside it")
     args = parser.parse_args()
-    RESULTS.mkdir(exist_ok=True)
-    path = RESULTS / "ablation.json"
+    path = args.out
+    path.parent.mkdir(exist_ok=True)
     results = json.loads(path.read_text()) if path.is_file() else {}
     for seed in range(args.seeds):
         for name in args.only:
@@ -113,7 +123,7 @@ def main() -> int:
                 path.write_text(json.dumps(results, indent=1) + "\n")
                 print(name, seed, runs[str(seed)], flush=True)
     print(table(results))
-    plot(results, RESULTS / "ablation.png")
+    plot(results, path.with_suffix(".png"))
     return 0
 
 

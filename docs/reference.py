@@ -1,14 +1,10 @@
 """Markdown of the reference: options out of the parsers, settings out of the dataclasses, the Python API by name."""
 
 import argparse
-import ast
 import dataclasses
-import inspect
 import re
-import textwrap
 import typing
 from collections.abc import Iterator
-from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -95,6 +91,7 @@ def _text(text: str) -> str:
 def settings() -> str:
     """Every setting with its kind, default and docstring."""
     from trainer.config import TrainConfig
+    from trainer.schema import is_section, sections
 
     lines = [
         "# Settings",
@@ -107,48 +104,23 @@ def settings() -> str:
     return "\n".join(lines) + "\n"
 
 
-def is_section(kind: type, name: str) -> bool:
-    """Whether a field holds settings of its own."""
-    return dataclasses.is_dataclass(typing.get_type_hints(kind)[name])
-
-
-def sections(kind: type, name: str = "") -> Iterator[tuple[str, type]]:
-    """Dotted names and classes of all sections below a class of settings, each before those in it."""
-    for field in dataclasses.fields(kind):
-        if is_section(kind, field.name):
-            below, place = typing.get_type_hints(kind)[field.name], f"{name}.{field.name}".strip(".")
-            yield place, below
-            yield from sections(below, place)
-
-
 def _setting(field: dataclasses.Field, kind: type) -> str:
-    told = " ".join(_text(docstrings(kind).get(field.name, "")).split())
-    default = field.default_factory() if callable(field.default_factory) else field.default
-    return f"| `{field.name}` | {told} | {_kind(typing.get_type_hints(kind)[field.name])} | `{_plain(default)}` |"
+    from trainer.schema import default_of, docstrings
+
+    told, default = _text(docstrings(kind)[field.name]), _plain(default_of(field))
+    shown = f"`{default}`" if default else ""
+    return f"| `{field.name}` | {told} | {_kind(typing.get_type_hints(kind)[field.name])} | {shown} |"
 
 
 def _kind(hint: Any) -> str:
     members = typing.get_args(hint)
     if typing.get_origin(hint) is typing.Literal:
         return ", ".join(f"`{member}`" for member in members)
+    if members[1:] == (...,):
+        return f"any of {_kind(members[0])}"
     if typing.get_origin(hint) is tuple:
         return f"{len(members)} x {members[0].__name__}"
     return " or ".join("None" if member is type(None) else _kind(member) for member in members) or hint.__name__
-
-
-def docstrings(kind: type) -> dict[str, str]:
-    """The strings that stand below the fields of a class and those it derives from."""
-    found: dict[str, str] = {}
-    for base in reversed([base for base in kind.__mro__ if dataclasses.is_dataclass(base)]):
-        body = ast.parse(textwrap.dedent(inspect.getsource(base))).body[0].body
-        for above, below in pairwise(body):
-            if (
-                isinstance(above, ast.AnnAssign)
-                and isinstance(below, ast.Expr)
-                and isinstance(below.value, ast.Constant)
-            ):
-                found[above.target.id] = below.value.value
-    return found
 
 
 def python() -> str:

@@ -4,6 +4,7 @@ RUN/checkpoints/step-00000500/
     model.safetensors    weights
     ema.safetensors      their moving average, where there is one
     memory.safetensors   the cross-batch memory, where there is one
+    centres-00000-of-00003.safetensors    class centres of the margin softmax, where there are some: one file a rank
     optimizer.pt         optimiser state (DDP), read with weights_only=True
     deepspeed/           the engine's own files (DeepSpeed), one optimiser part a rank
     config.yaml          settings of the run
@@ -29,11 +30,13 @@ from pickle import UnpicklingError
 from typing import Any
 
 import torch
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel
 from torch.serialization import safe_globals
 
+from trainer.centres import Centres, slice_of
 from trainer.collectives import barrier, rank, world_size
 from trainer.config import CONFIG
 from trainer.metric.memory import CrossBatchMemory
@@ -63,6 +66,8 @@ class Trained:
     ema: AveragedModel | None = None
     """Moving average of the model."""
     memory: CrossBatchMemory = field(default_factory=lambda: CrossBatchMemory(0))
+    centres: Centres | None = None
+    """Class centres of the margin softmax: this rank's."""
     guard: dict[str, Any] = field(default_factory=dict)
     """What the collapse guard has done."""
 
@@ -114,7 +119,8 @@ class Checkpoint:
         """Puts back everything that training had changed: weights and optimiser state of DeepSpeed's engine, if there is one.
 
         Raises:
-            ValueError: written by the other kind of training, by DeepSpeed on another number of ranks, or not by DeepSpeed.
+            ValueError: written by the other kind of training, by DeepSpeed on another number of ranks, or not by DeepSpeed; or it
+                lacks class centres.
         """
         state, engine = self._state(), trained.engine
         if (self.folder / _ENGINE).is_dir() != (engine is not None):
@@ -129,6 +135,8 @@ class Checkpoint:
         if (self.folder / _MEMORY).is_file():
             device = next(trained.model.parameters()).device
             trained.memory.load(load_file(self.folder / _MEMORY), device)
+        if trained.centres is not None:
+            self.load_centres(trained.centres)
         trained.guard.update(state["guard"])
         if engine is None:
             found = torch.load(self.folder / _OPTIMIZER, map_location="cpu", weights_only=True)
@@ -143,6 +151,33 @@ class Checkpoint:
                 engine.load_checkpoint(str(self.folder), tag=_ENGINE)
         except UnpicklingError:
             raise ValueError(f"checkpoint {self.folder}: {_ENGINE} holds objects, which could run code") from None
+
+    def load_centres(self, centres: Centres) -> None:
+        """This rank's slice out of the files of the ranks that wrote them, whatever their number.
+
+        Raises:
+            ValueError: there are none, or they are of other identities.
+        """
+        writers = self._state()["world_size"]
+        paths = [self.folder / _centres(number, writers) for number in range(writers)]
+        if missing := [path.name for path in paths if not path.is_file()]:
+            raise ValueError(
+                f"checkpoint {self.folder} has no class centres ({missing[0]}): it was trained without softmax.kind"
+            )
+        bounds = [slice_of(centres.total, number, writers) for number in range(writers)]
+
+        def rows(name: str, first: int, stop: int) -> Tensor:
+            parts = []
+            for path, (begin, end) in zip(paths, bounds, strict=True):
+                with safe_open(path, "pt") as file:
+                    part = file.get_slice(name)
+                    if part.get_shape() != [end - begin, centres.values.shape[1]]:
+                        raise ValueError(f"checkpoint {self.folder}: {path.name} holds centres of other identities")
+                    if (low := max(first, begin)) < (high := min(stop, end)):
+                        parts.append(part[low - begin : high - begin])
+            return torch.cat(parts) if parts else torch.empty(0, centres.values.shape[1])
+
+        centres.load(rows, load_file(paths[0])["norms"])
 
     def _state(self) -> dict[str, Any]:
         found: dict[str, Any] = json.loads((self.folder / _STATE).read_text())
@@ -172,6 +207,8 @@ class Writer:
             OSError: this checkpoint or, without `wait`, the one before could not be written.
         """
         self.wait()
+        if self._trained.centres is not None or self._trained.engine is not None:
+            self._save_parts(step, self._trained.centres)
         if self._trained.engine is not None:
             self._save_engine(step, best)
         elif rank() == 0:
@@ -216,12 +253,19 @@ class Writer:
         except BaseException as error:  # raised where training asks next
             self._error = error
 
-    def _save_engine(self, step: int, best: bool) -> None:
+    def _save_parts(self, step: int, centres: Centres | None) -> None:
+        """Begins the folder with what each rank writes itself."""
         aside = self._aside(step)
         if rank() == 0:
             shutil.rmtree(aside, ignore_errors=True)
             aside.mkdir(parents=True)
         barrier()
+        if centres is not None:
+            save_file(_copied(centres.state()), aside / _centres(rank(), world_size()))
+            barrier()
+
+    def _save_engine(self, step: int, best: bool) -> None:
+        aside = self._aside(step)
         self._trained.engine.save_checkpoint(str(aside), tag=_ENGINE, save_latest=False)
         barrier()
         if rank() == 0:
@@ -234,8 +278,9 @@ class Writer:
     ) -> None:
         aside, final = self._aside(step), self._folder / _name(step)
         if optimizer is not None:
-            shutil.rmtree(aside, ignore_errors=True)
-            aside.mkdir(parents=True)
+            if self._trained.centres is None:
+                shutil.rmtree(aside, ignore_errors=True)
+                aside.mkdir(parents=True)
             torch.save(optimizer, aside / _OPTIMIZER)
         if (self._folder.parent / CONFIG).is_file():
             shutil.copyfile(self._folder.parent / CONFIG, aside / CONFIG)
@@ -325,6 +370,10 @@ def is_checkpoint(folder: Path) -> bool:
 
 def _named(pointer: Path) -> str:
     return pointer.read_text().strip() if pointer.is_file() else ""
+
+
+def _centres(rank: int, world_size: int) -> str:
+    return f"centres-{rank:05d}-of-{world_size:05d}.safetensors"
 
 
 def _name(step: int) -> str:

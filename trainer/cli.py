@@ -1,6 +1,7 @@
 """The `facescale` command. Every subcommand checks its arguments first; exit code 0, 1 (failed) or 2 (usage)."""
 
 import argparse
+import json
 import os
 import sys
 from collections.abc import Callable, Sequence
@@ -9,6 +10,7 @@ from pathlib import Path
 from typing import NoReturn
 
 from trainer.cli_align import add_align
+from trainer.cli_config import add_config
 from trainer.cli_evaluate import add_embed, add_evaluate
 from trainer.cli_export import add_export, add_import
 from trainer.cli_plan import add_plan
@@ -32,12 +34,11 @@ def main(argv: Sequence[str] | None = None) -> int:
 
         return profile(args[1:])
     try:
-        parsed = _parser().parse_args(args)
+        run = _chosen(args)
     except SystemExit as stop:
         return int(stop.code or 0)
-    run: Callable[[argparse.Namespace], int] = parsed.command
     try:
-        return run(parsed)
+        return run()
     except (ValueError, OSError) as error:
         if os.environ.get("FACESCALE_TRACEBACK"):
             raise
@@ -47,6 +48,16 @@ def main(argv: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         print("facescale: interrupted", file=sys.stderr)
         return 1
+
+
+def _chosen(args: list[str]) -> Callable[[], int]:
+    """The subcommand with its arguments."""
+    if args[:1] == ["config"]:
+        from trainer.cli_config import main as config
+
+        return partial(config, args[1:])
+    parsed = _parser().parse_args(args)
+    return partial(parsed.command, parsed)
 
 
 class _Parser(argparse.ArgumentParser):
@@ -115,6 +126,7 @@ def _synthesize(args: argparse.Namespace) -> int:
 def _add_train(commands: argparse._SubParsersAction) -> None:
     text = "Train on one process (`facescale train --help` lists every setting)."
     _command(commands, "train", f"{text} {_DISTRIBUTED}", lambda _: 0)
+    add_config(partial(_command, commands))
     add_profile(partial(_command, commands))
 
 
@@ -124,16 +136,21 @@ def _add_evaluation(commands: argparse._SubParsersAction) -> None:
 
 
 def _add_doctor(commands: argparse._SubParsersAction) -> None:
-    _command(
-        commands, "doctor", "Say what of the stack works on this machine, and what to do where it does not.", _doctor
-    )
+    text = "Say what of the stack works on this machine, and what to do where it does not."
+    parser = _command(commands, "doctor", text, _doctor)
+    parser.add_argument("--folder", type=Path, default=Path(), help="whose disk is measured: where shards or runs lie")
+    parser.add_argument("--json", action="store_true", help="print JSON, to be kept or sent with a question")
 
 
 def _doctor(args: argparse.Namespace) -> int:
     from trainer.doctor import examine
 
-    checks = examine()
-    for check in checks:
+    checks = examine(args.folder)
+    if args.json:
+        from trainer.machine import machine
+
+        print(json.dumps({**machine(), "checks": [check._asdict() for check in checks]}, indent=1))
+    for check in [] if args.json else checks:
         print(f"{'ok' if check.ok else 'PROBLEM':8}{check.name:14}{check.found}")
         if not check.ok:
             print(f"{'':22}{check.advice}")

@@ -4,7 +4,11 @@ NCCL is used where accelerate set it up (CUDA), gloo elsewhere. Not yet run, for
 tensors travel by way of the GPU in `_carrier`.
 """
 
+import multiprocessing
 import os
+import socket
+import time
+from concurrent.futures import ProcessPoolExecutor
 from datetime import timedelta
 from typing import Any
 
@@ -167,10 +171,19 @@ def time_all_reduce(model: nn.Module, compression: str) -> None:
 
 def all_reduce_sum(value: Tensor) -> Tensor:
     """Sum over all ranks; no gradient, the argument is left as it is."""
+    return _all_reduce(value, dist.ReduceOp.SUM)
+
+
+def all_reduce_max(value: Tensor) -> Tensor:
+    """Largest of all ranks, element by element; no gradient, the argument is left as it is."""
+    return _all_reduce(value, dist.ReduceOp.MAX)
+
+
+def _all_reduce(value: Tensor, operation: Any) -> Tensor:
     if world_size() == 1:
         return value
     total = value.detach().to(_carrier(value.device), copy=True)
-    dist.all_reduce(total)
+    dist.all_reduce(total, operation)
     return total.to(value.device)
 
 
@@ -183,6 +196,39 @@ def backends() -> list[str]:
     """Names of the backends that this PyTorch was built with."""
     available = {"gloo": dist.is_gloo_available(), "nccl": dist.is_nccl_available(), "mpi": dist.is_mpi_available()}
     return [name for name, there in available.items() if there]
+
+
+def try_all_reduce(backend: str, timeout_s: float = 60.0) -> float:
+    """Seconds that two fresh processes of this machine take, start included, until each has the sum of 1 and 2 from the other.
+
+    Raises:
+        RuntimeError: they do not get it, for the reason that it says.
+        TimeoutError: they are not done in time.
+    """
+    begun = time.perf_counter()
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        address = f"tcp://127.0.0.1:{free.getsockname()[1]}"
+    pool = ProcessPoolExecutor(2, multiprocessing.get_context("spawn"))
+    try:
+        asked = [pool.submit(_sum_of_ranks, backend, address, number) for number in range(2)]
+        found = [future.result(timeout_s) for future in asked]
+    finally:
+        for process in list(pool._processes.values()):
+            process.kill()  # one may wait for ever
+        pool.shutdown(cancel_futures=True)
+    if found != [3.0, 3.0]:
+        raise RuntimeError(f"1 + 2 came out as {found[0]} and {found[1]}")
+    return time.perf_counter() - begun
+
+
+def _sum_of_ranks(backend: str, address: str, number: int) -> float:
+    dist.init_process_group(backend, init_method=address, rank=number, world_size=2, timeout=timedelta(seconds=30))
+    value = torch.tensor([number + 1.0], device=f"cuda:{number}" if backend == "nccl" else "cpu")
+    dist.all_reduce(value)
+    found = value.item()
+    dist.destroy_process_group()
+    return found
 
 
 class Board:

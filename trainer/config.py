@@ -149,6 +149,62 @@ class LossConfig:
 
 
 @dataclass(kw_only=True, frozen=True)
+class SoftmaxConfig:
+    kind: Literal["none", "arcface", "cosface", "adaface"] = "none"
+    """Margin softmax over the training identities, alone, before or beside the triplets, its class centres spread over the ranks;
+    none: triplets alone."""
+    weight: float = 1.0
+    """Of the softmax in the sum with the triplets; 0: triplets alone after `warmup_steps`."""
+    triplet_weight: float = 1.0
+    """Of the triplets in that sum; 0: softmax alone, and the triplets' figures in the log are there to be read only."""
+    warmup_steps: int = 0
+    """The first so many steps train with the softmax alone, at weight 1."""
+    margin: float | None = None
+    """Radians (arcface), or of the cosine (cosface, adaface), in [0, 1.5]; None: 0.5, 0.35 and 0.4."""
+    scale: float = 64.0
+    """s: what cosines are multiplied by, above 0."""
+    sample_rate: float = 1.0
+    """Share of the centres that take part in a step, in (0, 1], drawn anew each time, besides those of the batch's own identities
+    (PartialFC). Below 1 each step waits for the device."""
+    learning_rate: float = 0.1
+    """Of the centres, highest; follows the schedule of `optimizer.learning_rate`, whatever `weight` is."""
+    momentum: float = 0.9
+    """Of the centres' SGD, in [0, 1)."""
+    weight_decay: float = 5e-4
+    """L2, of the centres that take part."""
+    quality_h: float = 0.333
+    """adaface: how fast the margin changes with an embedding's norm, in (0, 1]."""
+    quality_memory: float = 0.01
+    """adaface: weight of a new batch in the moving mean and deviation of the norms, in (0, 1]."""
+
+    def __post_init__(self) -> None:
+        if self.margin is not None and not 0 <= self.margin <= 1.5:
+            raise ValueError(f"softmax.margin is {self.margin}; allowed is [0, 1.5], or None")
+        for name in ("scale", "learning_rate"):
+            if not 0 < getattr(self, name) < math.inf:
+                raise ValueError(f"softmax.{name} is {getattr(self, name)}; it must be above 0 and finite")
+        for name in ("weight", "triplet_weight", "warmup_steps", "weight_decay"):
+            if not 0 <= getattr(self, name) < math.inf:
+                raise ValueError(f"softmax.{name} is {getattr(self, name)}; it must be at least 0 and finite")
+        for name in ("sample_rate", "quality_h", "quality_memory"):
+            if not 0 < getattr(self, name) <= 1:
+                raise ValueError(f"softmax.{name} is {getattr(self, name)}; allowed is above 0 and at most 1")
+        if not 0 <= self.momentum < 1:
+            raise ValueError(f"softmax.momentum is {self.momentum}; allowed is [0, 1)")
+        if not self.weight and not (self.triplet_weight and (self.kind == "none" or self.warmup_steps)):
+            raise ValueError(
+                f"softmax.weight is 0 with softmax.triplet_weight {self.triplet_weight} and softmax.warmup_steps "
+                f"{self.warmup_steps}; nothing would be trained, or no softmax: choose a weight or a warm-up above 0"
+            )
+
+    def weights(self, step: int) -> tuple[float, float]:
+        """Of the triplets and of the softmax in a step, counted from 1."""
+        if self.kind == "none":
+            return 1.0, 0.0
+        return (0.0, 1.0) if step <= self.warmup_steps else (self.triplet_weight, self.weight)
+
+
+@dataclass(kw_only=True, frozen=True)
 class GuardConfig:
     action: Literal["warn", "lower_rate", "smooth", "soft_margin", "semi_hard", "hardest_semi_hard"] = "smooth"
     """What to do when the embeddings have collapsed to a point: say so alone, train at a tenth of the learning rate, or go on
@@ -241,6 +297,11 @@ class RunConfig:
     """Seconds that a rank may take for one thing (a step, its data, a checkpoint) before the job is ended and the rank named."""
     tensorboard: bool = True
     """Write TensorBoard events to the run folder."""
+    trackers: tuple[Literal["wandb", "mlflow", "trackio"], ...] = ()
+    """Who else gets the figures: Weights & Biases, MLflow, Trackio. They write below the run folder unless their own variables
+    say where to send them: WANDB_MODE=online, MLFLOW_TRACKING_URI, TRACKIO_SPACE_ID."""
+    tracker_project: str = "facescale"
+    """What the trackers call the project, or experiment, that the run belongs to."""
 
     def __post_init__(self) -> None:
         for name in ("epochs", "log_every", "evaluate_images", "checkpoint_every", "keep_checkpoints"):
@@ -257,6 +318,10 @@ class RunConfig:
         for name in ("evaluate_every", "patience"):
             if getattr(self, name) < 0:
                 raise ValueError(f"run.{name} is {getattr(self, name)}; it must be at least 0")
+        if len(set(self.trackers)) < len(self.trackers):
+            raise ValueError(f"run.trackers is {' '.join(self.trackers)}; each may be named once")
+        if not self.tracker_project.strip():
+            raise ValueError("run.tracker_project is empty; the trackers need a name")
         if self.best_metric != "none" and not self.evaluate_every:
             raise ValueError(
                 f"run.best_metric is {self.best_metric}, but run.evaluate_every is 0; evaluate every so many steps"
@@ -276,9 +341,17 @@ class TrainConfig:
     augment: AugmentConfig = field(default_factory=AugmentConfig)
     model: ModelConfig = field(default_factory=ModelConfig)
     loss: LossConfig = field(default_factory=LossConfig)
+    softmax: SoftmaxConfig = field(default_factory=SoftmaxConfig)
     guard: GuardConfig = field(default_factory=GuardConfig)
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
     run: RunConfig = field(default_factory=RunConfig)
+
+    def __post_init__(self) -> None:
+        if self.softmax.kind != "none" and self.loss.candidates == "own_rank":
+            raise ValueError(
+                f"softmax.kind is {self.softmax.kind}, whose centres meet the embeddings of all ranks; it does not go with "
+                "loss.candidates own_rank"
+            )
 
 
 class UsageError(ValueError):
@@ -345,8 +418,25 @@ def load(path: Path) -> TrainConfig:
 def save(config: TrainConfig, path: Path) -> None:
     """Writes all settings as YAML that `load` reads back equal; the file is whole or not there."""
     aside = path.with_name(f".{path.name}.partial")
-    aside.write_text(yaml.safe_dump(_plain(dataclasses.asdict(config)), sort_keys=False))
+    aside.write_text(dumped(config))
     aside.rename(path)
+
+
+def dumped(config: TrainConfig | dict[str, Any]) -> str:
+    """Settings as YAML that `load` reads back equal."""
+    found = dataclasses.asdict(config) if isinstance(config, TrainConfig) else config
+    return yaml.safe_dump(_plain(found), sort_keys=False)
+
+
+def changed(config: Any, usual: Any = None) -> dict[str, Any]:
+    """Sections with the settings alone that are not the default; empty where none is."""
+    usual = type(config)() if usual is None else usual
+    found = {}
+    for name in vars(config):
+        value, default = getattr(config, name), getattr(usual, name)
+        if value != default:
+            found[name] = changed(value, default) if dataclasses.is_dataclass(value) else value
+    return found
 
 
 def _plain(value: Any) -> Any:
@@ -380,8 +470,11 @@ def _convert(kind: Any, value: Any, where: str) -> Any:
         return None if value is None else _convert(members[0], value, where)
     if origin is Literal and value in members:
         return value
-    if origin is tuple and isinstance(value, list) and len(value) == len(members):
-        return tuple(_convert(member, item, where) for member, item in zip(members, value, strict=True))
+    if origin is tuple and isinstance(value, list):
+        if members[1:] == (...,):
+            return tuple(_convert(members[0], item, where) for item in value)
+        if len(value) == len(members):
+            return tuple(_convert(member, item, where) for member, item in zip(members, value, strict=True))
     if kind is Path and isinstance(value, str):
         return Path(value)
     if kind is float and isinstance(value, int | float | str) and not isinstance(value, bool):
@@ -391,5 +484,5 @@ def _convert(kind: Any, value: Any, where: str) -> Any:
         return value
     allowed = " or ".join(map(str, members)) if origin is Literal else getattr(kind, "__name__", str(kind))
     if origin is tuple:
-        allowed = f"a list of {len(members)} numbers"
+        allowed = "a list" if members[1:] == (...,) else f"a list of {len(members)} numbers"
     raise ValueError(f"{where} is {value!r}; allowed is {allowed}")

@@ -27,6 +27,7 @@ class Embedder(nn.Module):
 
     Args:
         image_size: `data.image_size`, in pixels; shapes of a head arcface and of trunks with a fixed size depend on it.
+        with_norms: in training mode the norm that each embedding had is its last column, without gradient: (b, d + 1).
     Raises:
         ValueError: timm has no such trunk; it does not go with the image size or the head; or the weights' file is missing, is no
             state dict, or belongs to another architecture.
@@ -37,8 +38,11 @@ class Embedder(nn.Module):
     mean: Tensor
     std: Tensor
 
-    def __init__(self, config: ModelConfig, bf16: bool = False, image_size: int = 112) -> None:
+    def __init__(
+        self, config: ModelConfig, bf16: bool = False, image_size: int = 112, with_norms: bool = False
+    ) -> None:
         super().__init__()
+        self.with_norms = with_norms
         self.config, self.bf16, self.image_size = config, bf16, image_size
         trunk = make_trunk(config.trunk, image_size, maps=config.head_kind == "arcface")
         self.trunk = trunk.network
@@ -93,7 +97,13 @@ class Embedder(nn.Module):
             if self._dropout:
                 features = dropout(features, self._dropout, self.training)
             embeddings = self.head_norm(self.head(features))  # (b, d)
-        return normalize(embeddings.to(self.mean.dtype))
+        embeddings = embeddings.to(self.mean.dtype)
+        return unit_and_norm(embeddings) if self.with_norms and self.training else normalize(embeddings)
+
+
+def unit_and_norm(vectors: Tensor) -> Tensor:
+    """Vectors (b, d) scaled to 1, and behind them in column d the norms that they had, without gradient: (b, d + 1)."""
+    return torch.cat([normalize(vectors), vectors.detach().norm(dim=1, keepdim=True)], 1)
 
 
 def normalised(images: Tensor, mean: Tensor, std: Tensor, colour: Tensor | None = None) -> Tensor:

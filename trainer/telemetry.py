@@ -3,9 +3,10 @@
 import json
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -17,30 +18,41 @@ from trainer.train_step import StepStats
 LOG, EVALUATIONS, EVENTS = "log.jsonl", "evaluations.jsonl", "events.jsonl"
 
 
+class Tracking(Protocol):
+    """Trackers, as `trainer.trackers.Trackers` is; both methods return what is to be said of those that failed."""
+
+    def log(self, values: dict[str, float], step: int) -> list[str]: ...
+    def end(self) -> list[str]: ...
+
+
 class Telemetry:
     """Adds up what the steps report, on the device, and writes it out at the steps that log.
 
     Args:
         folder: the run folder.
         global_batch: images of one step over all ranks.
-        track: sends (values, step) to the trackers.
+        trackers: get the same figures.
         margin: of the loss, which it is told relative to; None for none.
+        centres: of the softmax, over all ranks; 0 without.
     """
 
     def __init__(
         self,
         folder: Path,
         global_batch: int,
-        track: Callable[[dict[str, float], int], None],
+        trackers: Tracking,
         margin: float | None = None,
+        centres: int = 0,
     ) -> None:
-        self._folder, self._global_batch, self._track, self._margin = folder, global_batch, track, margin
+        self._centres = centres
+        self._folder, self._global_batch, self._trackers, self._margin = folder, global_batch, trackers, margin
         self._embeddings: Tensor | None = None  # of the last step that was not left out
         self._skipped = 0
         self._restart()
 
     def _restart(self) -> None:
         self._sums: Tensor | None = None  # of _totals over the steps since the last line
+        self._softmax_steps = 0
         self._steps, self._waited, self._since = 0, 0.0, time.perf_counter()
 
     @contextmanager
@@ -57,6 +69,7 @@ class Telemetry:
         before = torch.zeros_like(stats.embeddings) if self._embeddings is None else self._embeddings
         self._embeddings = torch.where(stats.flags[0] == 0, stats.embeddings, before)
         self._steps += 1
+        self._softmax_steps += stats.softmax is not None
 
     def skipped(self) -> None:
         """Counts an update that was left out."""
@@ -79,7 +92,7 @@ class Telemetry:
         assert self._sums is not None, "log without a step"
         assert self._embeddings is not None
         sums = torch.cat([self._sums, self._sums.new_tensor([replaced])])
-        loss, count, active, valid, d_ap, d_an, replaced = all_reduce_sum(sums).tolist()
+        loss, count, active, valid, d_ap, d_an, *softmax, replaced = all_reduce_sum(sums).tolist()
         seconds = time.perf_counter() - self._since
         line = {
             "step": step,
@@ -99,6 +112,12 @@ class Telemetry:
         }
         if self._margin is not None:
             line["loss_over_margin"] = line["loss"] / self._margin
+        if self._softmax_steps:
+            cross_entropy, cosine, images, sampled = softmax
+            line["softmax_loss"] = cross_entropy / max(images, 1)
+            line["cos_own_centre"] = cosine / max(images, 1)
+            steps = images / self._global_batch  # without those that were left out
+            line["centres_sampled"] = sampled / max(steps * self._centres, 1)
         self._write(LOG, line)
         self._track({f"train/{name}": value for name, value in line.items() if name != "step"}, step)
         self._restart()
@@ -108,6 +127,15 @@ class Telemetry:
         """Writes the result of an evaluation on rank 0. The time that it took is not counted as training."""
         self._write(EVALUATIONS, {"step": step, "images_seen": step * self._global_batch, **scalars})
         self._track({f"evaluation/{name}": value for name, value in scalars.items()}, step)
+
+    def end(self) -> None:
+        """After the last word: waits for the trackers."""
+        for said in self._trackers.end():
+            self.event(said)
+
+    def _track(self, values: dict[str, float], step: int) -> None:
+        for said in self._trackers.log(values, step):
+            self.event(said)
 
     @contextmanager
     def paused(self) -> Iterator[None]:
@@ -139,7 +167,9 @@ def _step(line: str) -> float:
 
 
 def _totals(stats: StepStats) -> Tensor:
-    """Loss, its count, active, valid, d_ap, d_an of this rank, shape (6,), float64; zeros of a step that was left out."""
+    """Loss, its count, active, valid, d_ap, d_an and the softmax's four of this rank, shape (10,), float64; zeros of a step that
+    was left out."""
     parts = (stats.loss_sum, stats.divisor, stats.active, stats.valid, stats.d_ap, stats.d_an)
     totals = torch.stack([part.double() for part in parts])
+    totals = torch.cat([totals, totals.new_zeros(4) if stats.softmax is None else stats.softmax])
     return totals.where(stats.flags[0] == 0, torch.zeros_like(totals))

@@ -34,6 +34,7 @@ from trainer import checkpoint, telemetry
 from trainer.agreement import check_ranks_agree, comparable
 from trainer.backbones import with_sync_batchnorm
 from trainer.best import Best
+from trainer.centres import Centres
 from trainer.checkpoint import Trained
 from trainer.collapse import CollapseGuard
 from trainer.collectives import barrier, rank, shutdown, time_all_reduce, world_size
@@ -47,6 +48,8 @@ from trainer.model import Embedder, parameter_groups, size_of
 from trainer.phases import next_step, phase, recorder
 from trainer.precision import use_bf16
 from trainer.preemption import EXIT_PREEMPTED, Asked, Preempted, asked_to_stop
+from trainer.rank_logs import logged
+from trainer.trackers import Trackers, check_installed
 from trainer.train_step import TrainStep, objective_of
 from trainer.watchdog import Watchdog
 
@@ -65,9 +68,11 @@ def train(config: TrainConfig, accelerator: Accelerator, watchdog: Watchdog, ask
     steps = config.run.steps or config.run.epochs * plan.steps_per_epoch
     held_out = _held_out(shards, config)
     check_folder(config)
+    check_installed(config.run)
 
     set_seed(config.run.seed)
     trained, engine = _prepare(config, accelerator, batch_size)
+    trained.centres = _centres(config, split, accelerator.device)
     start = 0
     if resumes(config):
         newest = checkpoint.latest(config.run.folder / checkpoint.CHECKPOINTS)
@@ -76,11 +81,7 @@ def train(config: TrainConfig, accelerator: Accelerator, watchdog: Watchdog, ask
         start = newest.step
     check_ranks_agree({**comparable(config), "start": start, "plan": plan.summary(), "shards": shards.fingerprint})
     make_folder(config, start)
-    if config.run.tensorboard:
-        accelerator.init_trackers("tensorboard")
-    if rank() == 0:
-        print(_headline(split, plan, config, accelerator, start, steps), file=sys.stderr)
-        print(_network(config, trained.model), file=sys.stderr)
+    trackers = Trackers(config)
 
     device = accelerator.device
     loader = training_loader(
@@ -95,19 +96,26 @@ def train(config: TrainConfig, accelerator: Accelerator, watchdog: Watchdog, ask
         device=device,
     )
     report = telemetry.Telemetry(
-        config.run.folder, config.plan.batch_size, accelerator.log, config.loss.effective_margin
+        config.run.folder,
+        config.plan.batch_size,
+        trackers,
+        config.loss.effective_margin,
+        trained.centres.total if trained.centres is not None else 0,
     )
     keep, folder = config.run.keep_checkpoints, config.run.folder / checkpoint.CHECKPOINTS
     writer = checkpoint.Writer(folder, trained, keep=keep, shards=shards.fingerprint)
     guard = CollapseGuard(config.guard, trained.guard)
-    train_step = TrainStep(engine, config, trained.memory)
+    train_step = TrainStep(engine, config, trained.memory, trained.centres)
     train_step.objective = guard.objective(train_step.objective)
     judged = trained.ema.module if trained.ema is not None else trained.model
     flags = Flags(device)
     best = Best(config.run.best_metric, config.run.patience)
     best.see_log(config.run.folder / telemetry.EVALUATIONS, start)
 
-    with progress("train", steps, "steps", enabled=rank() == 0) as advance:
+    with logged(config.run.folder), progress("train", steps, "steps", enabled=rank() == 0) as advance:
+        if rank() == 0:
+            print(_headline(split, plan, config, accelerator, start, steps), file=sys.stderr)
+            print(_network(config, trained.model), file=sys.stderr)
         advance(start)
         for step in range(start + 1, steps + 1):
             next_step()
@@ -115,6 +123,8 @@ def train(config: TrainConfig, accelerator: Accelerator, watchdog: Watchdog, ask
                 report.event(best.farewell(), everywhere=False)
                 break
             rate = set_learning_rate(trained.optimizer, config.optimizer, step, steps, guard.rate)
+            if trained.centres is not None:
+                trained.centres.follow(rate / config.optimizer.learning_rate)
             with report.waiting(), phase("wait"), watchdog.at(f"the data of step {step}", alone=True):
                 batch = next(loader)
             with watchdog.at(f"step {step}"):
@@ -146,8 +156,9 @@ def train(config: TrainConfig, accelerator: Accelerator, watchdog: Watchdog, ask
                     writer.save(step, wait=last or stopping or best.exhausted, best=better)
             advance(1)
             if stopping and not last:
+                report.end()
                 raise Preempted(step)
-    accelerator.end_training()
+    report.end()
     barrier()
 
 
@@ -215,7 +226,7 @@ def _check_same_settings(config: TrainConfig) -> None:
     if not (config.run.folder / CONFIG).is_file():
         raise ValueError(f"cannot resume {config.run.folder}: there is no run, it has no {CONFIG}")
     earlier = load(config.run.folder / CONFIG)
-    for section in ("plan", "augment", "model", "loss", "optimizer"):
+    for section in ("plan", "augment", "model", "loss", "softmax", "optimizer"):
         was, now = getattr(earlier, section), getattr(config, section)
         if was != now:
             raise ValueError(f"cannot resume {config.run.folder}: it was trained with {was}, now {now} is asked for")
@@ -230,7 +241,10 @@ def _check_same_settings(config: TrainConfig) -> None:
 def _prepare(config: TrainConfig, accelerator: Accelerator, batch_size: int) -> tuple[Trained, Engine]:
     """What is trained, and the engine that trains it, as accelerate wraps them."""
     module: nn.Module = Embedder(
-        config.model, use_bf16(config.run.precision, accelerator.device), config.data.image_size
+        config.model,
+        use_bf16(config.run.precision, accelerator.device),
+        config.data.image_size,
+        with_norms=config.softmax.kind == "adaface",
     )
     if config.model.sync_batchnorm:
         if accelerator.device.type != "cuda":
@@ -259,6 +273,14 @@ def _prepare(config: TrainConfig, accelerator: Accelerator, batch_size: int) -> 
     if deepspeed:
         return trained, DeepSpeedEngine(model)
     return trained, PlainEngine(model, optimizer.optimizer, config.optimizer.clip_norm)
+
+
+def _centres(config: TrainConfig, split: Split, device: torch.device) -> Centres | None:
+    """Of the identities that training draws: those with two pictures or more."""
+    if config.softmax.kind == "none":
+        return None
+    identities = split.identities[split.counts >= 2]
+    return Centres(config.softmax, identities, config.model.embedding_size, seed=config.run.seed, device=device)
 
 
 def make_optimizer(model: nn.Module, config: OptimizerConfig) -> Optimizer:
@@ -314,8 +336,6 @@ def make_accelerator(config: RunConfig) -> Accelerator:
         cpu=cpu and not deepspeed,  # accelerate takes cpu=True for "not DeepSpeed"
         mixed_precision="no",  # the model's own autocast is what run.precision sets
         kwargs_handlers=handlers,
-        log_with="tensorboard" if config.tensorboard else None,
-        project_dir=config.folder,
     )
     if not cpu:
         torch.backends.cudnn.benchmark = True

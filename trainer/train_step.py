@@ -7,6 +7,7 @@ from torch import Tensor
 
 from data_shards.counter_random import random_bits, uniform
 from data_shards.loader import Batch
+from trainer.centres import Centres, SoftmaxLoss
 from trainer.collectives import all_reduce_sum, gather_labelled, rank, world_size
 from trainer.config import TrainConfig
 from trainer.engine import Engine
@@ -40,6 +41,9 @@ class StepStats(NamedTuple):
     embeddings are not finite, 1 where its loss is not. Shape (2 + W,)."""
     embeddings: Tensor
     """Of all ranks (of this one where it mines alone), shape (N, d)."""
+    softmax: Tensor | None = None
+    """Of this rank's images, summed: the softmax loss, the cosine with the own centre, their number; and of its centres those
+    that took part; shape (4,). None in a step without softmax."""
 
 
 class TrainStep:
@@ -49,8 +53,14 @@ class TrainStep:
     over ranks, DDP averages over ranks, and the loss is divided by the count of *all* ranks (design idea 4).
     """
 
-    def __init__(self, engine: Engine, config: TrainConfig, memory: CrossBatchMemory | None = None) -> None:
-        self._engine, self._config = engine, config
+    def __init__(
+        self,
+        engine: Engine,
+        config: TrainConfig,
+        memory: CrossBatchMemory | None = None,
+        centres: Centres | None = None,
+    ) -> None:
+        self._engine, self._config, self._centres = engine, config, centres
         self._memory = memory or CrossBatchMemory(config.loss.memory)
         self._cache = GradientCache(engine, config.run.micro_batch)
         self._statistics = Statistics(engine.model)
@@ -66,19 +76,24 @@ class TrainStep:
         torch.manual_seed(int(random_bits(self._config.run.seed, _NETWORK, step, rank())[0] >> 1))
         with phase("forward"):
             self._statistics.keep()
-            embeddings = self._cache.forward(batch.images, batch.colour)  # (b, d) unit norm
-            backward_until(embeddings, "gather_mining_loss")
+            rows = self._cache.forward(batch.images, batch.colour)  # (b, d) unit norm, or with norms (b, d + 1)
+            backward_until(rows, "gather_mining_loss")
         with phase("gather_mining_loss"):
-            gathered = gather_labelled(embeddings, batch.identities) if shared else (embeddings, batch.identities)
+            everyone, labels = gather_labelled(rows, batch.identities) if shared else (rows, batch.identities)
+            embeddings, gathered = self._bare(rows), (self._bare(everyone), labels)
             pool = make_pool(embeddings, batch.identities, gathered, self._remembered(step))
             loss = self.objective(pool, self._images_of_one(pool), self._draws(pool, step))
-            sums = all_reduce_sum(_sums(loss, embeddings.detach(), asked_to_stop))  # (2 + W,)
+            softmax = self._softmax(everyone, labels, step)
+            sums = all_reduce_sum(_sums(loss, softmax, embeddings.detach(), asked_to_stop))  # (2 + W,)
             total, divisor = (loss.total * world_size(), sums[0]) if shared else (loss.total, loss.divisor)
+            mean = self._together(total / divisor.clamp(min=1), softmax, step)
         with phase("backward"):
-            self._cache.backward((total / divisor.clamp(min=1)).to(embeddings.dtype))
+            self._cache.backward(mean.to(embeddings.dtype))
         with phase("optimizer"):
             left_out = self._engine.update(sums[2:].sum())
             self._statistics.restore(left_out)
+            if softmax is not None and self._centres is not None:
+                self._centres.update(torch.maximum(left_out, (sums[2:].sum() > 0).to(left_out)))
         if self._memory.size and not left_out:  # waits for the device
             self._memory.add(*gathered)
         d_ap, d_an = loss.hardest.distances(self.objective.squared)  # (b,)
@@ -91,7 +106,26 @@ class TrainStep:
             d_an.where(loss.hardest.valid, 0).sum(),
             torch.cat([left_out.to(sums.dtype)[None], sums[1:]]),
             gathered[0].detach(),
+            None if softmax is None else _softmax_sums(softmax, len(embeddings)),
         )
+
+    def _bare(self, rows: Tensor) -> Tensor:
+        """Embeddings without the norms that AdaFace has behind them."""
+        return rows[:, :-1] if self._config.softmax.kind == "adaface" else rows
+
+    def _softmax(self, everyone: Tensor, identities: Tensor, step: int) -> SoftmaxLoss | None:
+        if self._centres is None or not self._config.softmax.weights(step)[1]:
+            return None
+        norms = everyone[:, -1].detach() if self._config.softmax.kind == "adaface" else None
+        return self._centres.loss(self._bare(everyone), identities, norms, step)
+
+    def _together(self, triplets: Tensor, softmax: SoftmaxLoss | None, step: int) -> Tensor:
+        """The loss that is trained: each rank has the whole sum's gradient through its own centres; DDP averages over ranks."""
+        if softmax is None:
+            return triplets
+        triplet_weight, weight = self._config.softmax.weights(step)
+        mean = weight * softmax.total * world_size() / len(softmax.losses)
+        return mean + triplet_weight * triplets if triplet_weight else mean
 
     def _remembered(self, step: int) -> tuple[Tensor, Tensor] | None:
         return self._memory.contents() if step >= self._config.loss.memory_start else None
@@ -138,10 +172,24 @@ def make_pool(
     return Pool(embeddings, identities, candidates, labels, columns)
 
 
-def _sums(loss: Loss, embeddings: Tensor, asked_to_stop: bool) -> Tensor:
+def _sums(loss: Loss, softmax: SoftmaxLoss | None, embeddings: Tensor, asked_to_stop: bool) -> Tensor:
     """What is summed over the ranks: the divisor; whether to stop; and at this rank's place 2 where its embeddings are not
     finite, 1 where its loss alone is not, for which another rank's embeddings can be the reason; (2 + W,)."""
     sums = torch.zeros(2 + world_size(), dtype=torch.float64, device=embeddings.device)
     sums[0], sums[1] = loss.divisor, float(asked_to_stop)
-    sums[2 + rank()] = torch.where(embeddings.isfinite().all(), (~loss.total.detach().isfinite()).double(), 2.0)
+    finite = loss.total.detach().isfinite()
+    if softmax is not None:
+        finite = finite & softmax.finite
+    sums[2 + rank()] = torch.where(embeddings.isfinite().all(), (~finite).double(), 2.0)
     return sums
+
+
+def _softmax_sums(softmax: SoftmaxLoss, count: int) -> Tensor:
+    mine = slice(rank() * count, (rank() + 1) * count)
+    parts = (
+        softmax.losses[mine].sum(),
+        softmax.cosine[mine].sum(),
+        torch.full_like(softmax.sampled, count),
+        softmax.sampled,
+    )
+    return torch.stack([part.double() for part in parts])

@@ -49,10 +49,15 @@ class Watchdog:
         self._ended = threading.Event()
         self._talk, self._go = threading.Lock(), threading.Lock()
         self._said_last = False
+        self._threads: list[threading.Thread] = []
         self._board = Board() if Board.reachable() else None
         if self._board is not None:
-            for watch in (self._watch, self._watch_board):
-                threading.Thread(target=watch, name="watchdog", daemon=True).start()
+            self._threads = [
+                threading.Thread(target=watch, name="watchdog", daemon=True)
+                for watch in (self._watch, self._watch_board)
+            ]
+            for thread in self._threads:
+                thread.start()
 
     @contextmanager
     def at(self, doing: str, alone: bool = False) -> Iterator[None]:
@@ -64,8 +69,10 @@ class Watchdog:
 
     def end(self) -> None:
         """The job is over: the ranks may go in any order, rank 0 last."""
-        self._say(_LEFT, last=True)
         self._ended.set()
+        for thread in self._threads:
+            thread.join(SILENT_S)  # rank 0 may be gone once this rank has said that it leaves
+        self._say(_LEFT, last=True)
         self._let_others_go()
 
     def fail(self, reason: str, code: int) -> None:
@@ -181,15 +188,15 @@ class Watchdog:
                 self._board.post(text)
 
     def _let_others_go(self) -> None:
-        """Rank 0 waits until no other rank asks for heartbeats any more."""
+        """Rank 0 waits until no other rank asks for heartbeats any more; one that has not begun yet will."""
         until = time.monotonic() + _LINGER_S
         while self._board is not None and rank() == 0 and time.monotonic() < until:
             try:
                 posted = self._board.read()
             except RuntimeError:
                 return
-            others = [_beat_of(text) for number, text in enumerate(posted) if number != 0 and text]
-            if not any(beat and not beat.failed and not is_gone(beat) for beat in others):
+            beats = [_beat_of(text) for text in posted[1:] if text]
+            if all(posted[1:]) and not any(beat and not beat.failed and not is_gone(beat) for beat in beats):
                 return
             time.sleep(BEAT_S / 20)
 

@@ -1,5 +1,7 @@
 """What the tests of shards in a store share: settings, and ways to read."""
 
+import contextlib
+
 import numpy as np
 
 from data_shards.index import ShardSet
@@ -29,7 +31,12 @@ def local_bytes(shards, samples=EVERYTHING):
 
 
 def on_disk(folder):
-    return sum(path.stat().st_blocks * 512 for path in folder.rglob("*") if path.is_file())
+    """Bytes on the disk; another process may delete files meanwhile."""
+    found = 0
+    for path in folder.rglob("*"):
+        with contextlib.suppress(FileNotFoundError):
+            found += path.stat().st_blocks * 512 if path.is_file() else 0
+    return found
 
 
 def copies(folder):

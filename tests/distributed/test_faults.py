@@ -127,6 +127,7 @@ class _WritesSlowly:
         checkpoint._flush = slow
 
 
+@pytest.mark.timeout(900)
 def test_killed_at_twenty_random_moments_it_ends_bit_identical(shards, undisturbed, tmp_path):
     """Both ranks at once, wherever they are: in the start, a step, and every fourth time in a checkpoint's write."""
     draw = random.Random(7)

@@ -55,7 +55,7 @@ def deepspeed(shards, tmp_path_factory) -> Path:
 
 def test_run_folder(ddp):
     names = {path.name for path in ddp.iterdir()}
-    assert names == {"config.yaml", "log.jsonl", "evaluations.jsonl", "checkpoints", "tensorboard"}
+    assert names == {"config.yaml", "log.jsonl", "evaluations.jsonl", "checkpoints", "tensorboard", "logs"}
     assert list((ddp / "tensorboard").rglob("events.out.tfevents.*"))
     lines = log(ddp)
     assert [line["step"] for line in lines] == list(range(1, STEPS + 1))

@@ -6,7 +6,7 @@ PENDING_COMMANDS = {
     "facescale shards forget",
 }
 """Commands, and options of commands."""
-PENDING_SETTINGS = {"softmax", "run.trackers"}
+PENDING_SETTINGS: set[str] = set()
 """Settings, or whole sections."""
 PENDING_PATHS: set[str] = set()
 """Files and folders of the repository."""

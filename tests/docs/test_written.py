@@ -46,7 +46,7 @@ def wrong(command: Command) -> str | None:
         return None
     if parser is None:
         return f"there is no command {name!r}"
-    if name in ("facescale train", "facescale profile"):
+    if name in ("facescale train", "facescale profile", "facescale config"):
         return _wrong_training(name, rest) if command.whole else None
     known = {option for action in parser._actions for option in action.option_strings}
     for word in rest:
@@ -83,6 +83,8 @@ def _wrong_training(name: str, rest: list[str]) -> str | None:
             if option in words:
                 at = words.index(option)
                 del words[at : at + 2]
+    if name == "facescale config":
+        words = [word for word in words if word not in ("--diff", "--schema")]
     if any(f"--{pending.replace('_', '-')}" in words for pending in PENDING_SETTINGS) or _pending_recipe(words):
         return None
     try:

@@ -49,6 +49,7 @@ OPTIONS = {
     "verify": ["DIR", "--decode"],
     "shards": ["stats", "export"],
     "train": ["--config", "--run.folder", "--run.resume", "--plan.identities-per-batch", "--loss.margin"],
+    "config": ["--diff", "--schema", "--config"],
     "profile": ["--steps", "--warmup", "--out", "--config"],
     "embed": ["RUN", "OUT", "--shards", "--split", "--device"],
     "evaluate": ["RUN", "--shards", "--gallery-images", "--closed-gallery-images", "--knn", "--seed", "--device"],
@@ -56,7 +57,7 @@ OPTIONS = {
     "export": ["RUN", "OUT", "--format", "--checkpoint", "--push"],
     "import": ["CHECKPOINT.pth", "OUT", "--image-size"],
     "plan": ["--gpu", "--nodes", "--p", "--shards", "--calibrate", "--check", "--json", "--out"],
-    "doctor": ["--help"],
+    "doctor": ["--folder", "--json"],
 }  # fmt: skip
 
 
@@ -126,7 +127,7 @@ def judged(run, tmp_path_factory) -> Path:
 
 
 def test_train_without_a_launcher_leaves_a_run(run):
-    assert {path.name for path in run.iterdir()} == {"config.yaml", "log.jsonl", "checkpoints"}
+    assert {path.name for path in run.iterdir()} == {"config.yaml", "log.jsonl", "checkpoints", "logs"}
     assert [json.loads(line)["step"] for line in (run / "log.jsonl").read_text().splitlines()] == [2, 3]
 
 

@@ -28,6 +28,8 @@ def another(kind: Any, value: Any) -> Any:
     if dataclasses.is_dataclass(kind):
         return all_other(kind)
     if isinstance(value, tuple):
+        if members[1:] == (...,):
+            return typing.get_args(members[0])[::-1]
         return tuple(item / 2 for item in value)
     return value + 1 if isinstance(value, int) else value / 2 or 0.5
 
@@ -35,7 +37,9 @@ def another(kind: Any, value: Any) -> Any:
 def all_other(kind: type) -> Any:
     """Settings of which none is the default."""
     hints, usual = typing.get_type_hints(kind), kind()
-    names = [field.name for field in dataclasses.fields(kind) if field.name != "memory"]  # does not go with own_rank
+    names = [
+        field.name for field in dataclasses.fields(kind) if field.name != "candidates"
+    ]  # own_rank: neither memory nor softmax
     return kind(**{name: another(hints[name], getattr(usual, name)) for name in names})
 
 
@@ -69,7 +73,7 @@ def test_the_unusual_settings_are_all_unusual():
     for section in dataclasses.fields(TrainConfig):
         unusual, usual = getattr(UNUSUAL, section.name), getattr(TrainConfig(), section.name)
         for setting in dataclasses.fields(unusual):
-            if setting.name != "memory":  # see all_other
+            if setting.name != "candidates":  # see all_other
                 assert getattr(unusual, setting.name) != getattr(usual, setting.name), (section.name, setting.name)
 
 
@@ -96,7 +100,10 @@ def test_values_get_the_type_of_their_setting(tmp_path):
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("modle: {}", "unknown key 'modle'; allowed are data, plan, augment, model, loss, guard, optimizer, run"),
+        (
+            "modle: {}",
+            "unknown key 'modle'; allowed are data, plan, augment, model, loss, softmax, guard, optimizer, run",
+        ),
         ("model: {trnk: resnet18}", "unknown key 'model.trnk'; allowed are trunk, head, "),
         ("run: {7: 7}", "unknown key 'run.7'; allowed are folder, steps"),
         ("null: {}", "unknown key 'None'"),
@@ -293,3 +300,21 @@ def test_what_a_loss_says_of_itself():
     assert LossConfig(kind="smooth", margin=0.3).effective_margin == 0.3
     assert LossConfig(kind="soft_margin", margin=0.3).effective_margin is None
     assert (LossConfig(distance="squared").squared, LossConfig(distance="root").squared) == (True, False)
+
+
+def test_trackers_come_from_both_and_are_named_once(tmp_path):
+    file = tmp_path / "config.yaml"
+    file.write_text("run: {trackers: [wandb, mlflow]}\n")
+    assert parse(["--config", str(file)]).run.trackers == ("wandb", "mlflow")
+    assert parse(["--config", str(file), "--run.trackers", "trackio"]).run.trackers == ("trackio",)
+    assert parse(["--run.trackers"]).run.trackers == ()
+    with pytest.raises(UsageError, match=r"run\.trackers is wandb wandb; each may be named once"):
+        parse(["--run.trackers", "wandb", "wandb"])
+    file.write_text("run: {trackers: [comet]}\n")
+    with pytest.raises(UsageError, match=r"run\.trackers is 'comet'; allowed is wandb or mlflow or trackio"):
+        load(file)
+    file.write_text("run: {trackers: wandb}\n")
+    with pytest.raises(UsageError, match=r"run\.trackers is 'wandb'; allowed is a list"):
+        load(file)
+    save(parse(["--run.trackers", "wandb"]), file)
+    assert load(file).run.trackers == ("wandb",)

@@ -50,9 +50,23 @@ def tracked():
     return []
 
 
+class Tracked:
+    """Trackers that keep what they are told."""
+
+    def __init__(self, told, complaints=()):
+        self.told, self.complaints = told, list(complaints)
+
+    def log(self, values, step):
+        self.told.append((values, step))
+        return self.complaints
+
+    def end(self):
+        return self.complaints
+
+
 @pytest.fixture
 def report(tmp_path, clock, tracked):
-    return Telemetry(tmp_path, 24, lambda values, step: tracked.append((values, step)))
+    return Telemetry(tmp_path, 24, Tracked(tracked))
 
 
 def lines(folder, name="log.jsonl"):
@@ -161,7 +175,7 @@ def test_other_ranks_write_nothing_but_compute_the_line(tmp_path, report, clock,
 
 def test_counts_and_sums_are_those_of_all_ranks(report, clock, monkeypatch):
     """Rates are taken from summed counts, not averaged over ranks: 2 of 2 here and 0 of 8 there are 20 %."""
-    there = torch.tensor([0.0, 4.0, 0.0, 8.0, 8 * 0.125, 8 * 0.75, 3], dtype=torch.float64)
+    there = torch.tensor([0.0, 4.0, 0.0, 8.0, 8 * 0.125, 8 * 0.75, 0, 0, 0, 0, 3], dtype=torch.float64)
     monkeypatch.setattr(telemetry, "all_reduce_sum", lambda sums: sums + there)
     report.add(FIRST)
     clock.now += 1
@@ -182,10 +196,20 @@ def test_a_step_that_was_left_out_counts_as_such_alone(report, clock):
 
 
 def test_the_loss_is_told_relative_to_the_margin(tmp_path, clock):
-    report = Telemetry(tmp_path, 24, lambda values, step: None, margin=0.25)
+    report = Telemetry(tmp_path, 24, Tracked([]), margin=0.25)
     report.add(FIRST)
     clock.now += 1
     assert report.log(1, 1, 0.1)["loss_over_margin"] == 0.75 / 4 / 0.25
+
+
+def test_what_a_tracker_complains_of_is_an_event(tmp_path, clock, capsys):
+    report = Telemetry(tmp_path, 24, Tracked([], ["tracker wandb failed"]))
+    report.add(FIRST)
+    clock.now += 1
+    report.log(1, 1, 0.1)
+    report.end()
+    assert [line["event"] for line in lines(tmp_path, "events.jsonl")] == ["tracker wandb failed"] * 2
+    assert capsys.readouterr().err == "facescale: tracker wandb failed\n" * 2
 
 
 def test_events_are_told_once_and_kept(tmp_path, report, capsys, monkeypatch):
