@@ -5,7 +5,6 @@ import os
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
-from importlib import import_module
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
@@ -21,12 +20,11 @@ from trainer.evaluation.embed import BATCH
 from trainer.evaluation.embedding_store import MANIFEST
 from trainer.evaluation.results import EVALUATION, FACESCALE, UNSEEN_IDENTITIES
 from trainer.evaluation.run import EMBEDDINGS
+from trainer.export import huggingface
 from trainer.model import Embedder
 from trainer.network_inputs import Unreadable, expanded, network_input
 from trainer.precision import use_bf16
 
-EXPORTED = "config.json"
-"""What a folder of `facescale export` has and a run has not."""
 NEWEST = "newest"
 
 
@@ -172,7 +170,7 @@ def load_embedder(
     if precision not in ("auto", "fp32", "bf16"):
         raise ValueError(f"precision is {precision!r}; allowed are auto, fp32 and bf16")
     device = resolve(device)
-    if (folder / EXPORTED).is_file():
+    if huggingface.is_exported(folder):
         return _exported(folder, device, precision, checkpoint)
     return _of_run(folder, device, precision, checkpoint)
 
@@ -192,26 +190,28 @@ def _of_run(folder: Path, device: str, precision: str, which: str | int) -> Phot
     if settings is None:
         raise ValueError(
             f"{folder} holds no network: it is no run folder ({CONFIG}, checkpoints), no checkpoint of one, and no exported "
-            f"folder ({EXPORTED})"
+            f"folder ({huggingface.CONFIG})"
         )
     config = load(settings)
     wanted = config.run.precision if precision == "auto" else precision
     model = Embedder(replace(config.model, weights=None), use_bf16(wanted, device), config.data.image_size)
     found.load_model(model)
     weights = found.weights_sha256
-    about = {"thresholds": _thresholds(run, weights), "config": config}
-    return PhotoEmbedder(model, device=device, squared=config.loss.squared, weights=weights, **about)
+    return PhotoEmbedder(
+        model,
+        device=device,
+        squared=config.loss.squared,
+        weights=weights,
+        thresholds=_thresholds(run, weights),
+        config=config,
+    )
 
 
 def _exported(folder: Path, device: str, precision: str, which: str | int) -> PhotoEmbedder:
     _no_choice(folder, which)
-    try:
-        exported = import_module("trainer.export.huggingface")
-    except ModuleNotFoundError:
-        raise ValueError(f"{folder} looks like an exported network, which this facescale cannot read") from None
-    model, config = exported.read_exported(folder)
+    model, config = huggingface.read_exported(folder)
     model.bf16 = precision == "bf16"
-    weights = exported.weights_sha256(folder)
+    weights = huggingface.weights_sha256(folder)
     squared = config.distance == "squared"
     return PhotoEmbedder(model, device=device, squared=squared, weights=weights, thresholds=config.thresholds)
 
@@ -228,6 +228,6 @@ def _thresholds(run: Path, weights: str) -> dict[str, float]:
         judged = {json.loads(path.read_text()).get("weights") for path in (run / EMBEDDINGS).glob(f"*/{MANIFEST}")}
         rows = json.loads(results.read_text()) if weights in judged else []
         wanted = [row for row in rows if (row["set"], row["embedder"]) == (UNSEEN_IDENTITIES, FACESCALE)]
-        return {"verification": float(row["verification_threshold"]) for row in wanted}
+        return {"verification": float(wanted[0]["verification_threshold"])} if wanted else {}
     except (OSError, ValueError, KeyError, TypeError, AttributeError):  # none, or not one that can be used
         return {}

@@ -44,7 +44,9 @@ def expanded(images: Any) -> Sequence[Any]:
     try:
         return list(images)
     except TypeError:
-        raise ValueError(f"images is a {type(images).__name__}; needed is {_KINDS}, several of them, or a folder") from None
+        raise ValueError(
+            f"images is a {type(images).__name__}; needed is {_KINDS}, several of them, or a folder"
+        ) from None
 
 
 def pictures_in(folder: Path) -> list[Path]:
