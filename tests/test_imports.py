@@ -38,6 +38,7 @@ LEVELS = {
     "evaluation": 4,
     "network_inputs": 0,
     "embedder": 5,
+    "photos": 6,
     "telemetry": 5,
     "train": 6,
 }

@@ -16,6 +16,7 @@ from trainer.cli_export import add_export, add_import
 from trainer.cli_plan import add_plan
 from trainer.cli_profile import add_profile
 from trainer.cli_report import add_report
+from trainer.cli_search import add_search
 from trainer.cli_shards import add_shard, add_shards, add_verify
 
 _DESCRIPTION = "Train face-embedding networks from WebDataset shards: pictures -> shards -> network -> report."
@@ -131,7 +132,7 @@ def _add_train(commands: argparse._SubParsersAction) -> None:
 
 
 def _add_evaluation(commands: argparse._SubParsersAction) -> None:
-    for add in (add_embed, add_evaluate, add_report, add_export, add_import, add_plan):
+    for add in (add_embed, add_search, add_evaluate, add_report, add_export, add_import, add_plan):
         add(partial(_command, commands))
 
 

@@ -16,18 +16,26 @@ _MANY = "On many processes: accelerate launch --num_processes N -m trainer.cli {
 
 
 def add_embed(add: ADD) -> None:
-    text = "Write the embeddings of a split; the same command again goes on where it was interrupted."
+    text = (
+        "Write the embeddings of a split of shards, or with --network those of a folder of photographs; the same command again "
+        "goes on where it was interrupted."
+    )
     parser = add("embed", f"{text} {_MANY.format('embed')}", _embed)
-    parser.add_argument("run", type=Path, metavar="RUN", help="run folder of `facescale train`, or an exported network")
+    text = "run folder of `facescale train`, or an exported network; with --network: a folder of photographs"
+    parser.add_argument("run", type=Path, metavar="RUN_OR_PHOTOS", help=text)
     parser.add_argument(
         "out", type=Path, metavar="OUT", help="folder to make: embeddings.npy, identities.npy, keys.txt"
     )
+    text = "run folder, checkpoint, or exported network that embeds photographs, in one process"
+    parser.add_argument("--network", type=Path, help=text)
     parser.add_argument("--shards", help="shards to embed, folder or URL; the run's own if not given")
     parser.add_argument("--split", default="unseen_identities", help="train, unseen_identities or unseen_images")
     _add_options(parser)
 
 
 def _embed(args: argparse.Namespace) -> int:
+    if args.network is not None:
+        return _embed_photos(args)
     from trainer.collectives import rank
     from trainer.evaluation.run import tell_pace, write_embeddings
 
@@ -38,6 +46,22 @@ def _embed(args: argparse.Namespace) -> int:
         if rank() == 0:
             count, size = found.embeddings.shape
             print(f"{count:,} embeddings of {size} dimensions in {args.out}")
+    return 0
+
+
+def _embed_photos(args: argparse.Namespace) -> int:
+    usual = {"shards": None, "split": "unseen_identities", "mirror": False, "dtype": "fp32"}
+    for name, value in usual.items():
+        if getattr(args, name) != value:
+            raise ValueError(f"--{name} goes with a run's shards, not with --network")
+    from trainer.embedder import load_embedder
+    from trainer.photos import SKIPPED, embed_photos
+
+    embedder = load_embedder(args.network, device=args.device, checkpoint=args.checkpoint)
+    found = embed_photos(args.run, args.out, embedder)
+    skipped = f"; {found.skipped:,} could not be read: {args.out / SKIPPED}" if found.skipped else ""
+    count, size = found.embeddings.shape
+    print(f"{count:,} embeddings of {size} dimensions, {len(found.names):,} identities, in {args.out}{skipped}")
     return 0
 
 

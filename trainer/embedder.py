@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 
 from data_shards.pictures import quiet_pillow
 from trainer import checkpoint
+from trainer.checkpoint import LATEST
 from trainer.config import CONFIG, TrainConfig, load
 from trainer.devices import resolve
 from trainer.evaluation.embed import BATCH
@@ -24,8 +25,6 @@ from trainer.export import huggingface
 from trainer.model import Embedder
 from trainer.network_inputs import Unreadable, expanded, network_input
 from trainer.precision import use_bf16
-
-NEWEST = "newest"
 
 
 class Skipped(NamedTuple):
@@ -154,7 +153,7 @@ def load_embedder(
     path: str | os.PathLike[str],
     device: str = "auto",
     precision: Literal["auto", "fp32", "bf16"] = "auto",
-    checkpoint: str | int = NEWEST,
+    checkpoint: str | int = LATEST,
 ) -> PhotoEmbedder:
     """The network of a run, of one of its checkpoints, or of an exported folder.
 
@@ -162,7 +161,7 @@ def load_embedder(
         path: run folder of `facescale train`, a folder RUN/checkpoints/step-…, or a folder of `facescale export`.
         device: cpu, cuda, cuda:N, or auto: the GPU where there is one.
         precision: auto is the run's `run.precision`, and fp32 for exported networks.
-        checkpoint: of a run: newest, best (of `run.best_metric`), or the number of a step.
+        checkpoint: of a run: latest, best (of `run.best_metric`), or the number of a step.
     Raises:
         ValueError: nothing of that kind is there, or it is damaged, or of another architecture than it says.
     """
@@ -184,9 +183,7 @@ def _of_run(folder: Path, device: str, precision: str, which: str | int) -> Phot
     else:
         run, settings = folder, folder / CONFIG if (folder / CONFIG).is_file() else None
         if settings is not None:
-            found = checkpoint.chosen(
-                folder / checkpoint.CHECKPOINTS, checkpoint.LATEST if which == NEWEST else str(which)
-            )
+            found = checkpoint.chosen(folder / checkpoint.CHECKPOINTS, str(which))
     if settings is None:
         raise ValueError(
             f"{folder} holds no network: it is no run folder ({CONFIG}, checkpoints), no checkpoint of one, and no exported "
@@ -217,7 +214,7 @@ def _exported(folder: Path, device: str, precision: str, which: str | int) -> Ph
 
 
 def _no_choice(folder: Path, which: str | int) -> None:
-    if which != NEWEST:
+    if which != LATEST:
         raise ValueError(f"checkpoint is {which!r}, but {folder} is one network: give the run's folder")
 
 
