@@ -107,7 +107,7 @@ def finish(work: Work) -> Summary:
     require_pictures(str(work.job["found"].get("location", "the source")), int(counts.alive.sum()), counts.failures)
     split_of, starts, table = _places(work, counts)
     labels = work.plan.labels[listing.rows["identity"]]
-    identities = _identity_table(split_of, labels)
+    identities = identity_table(split_of, labels)
     train = identities["count"][identities["split"] == 0]
     if len(train) < 2 and not work.config.evaluation_only:
         have = "1 training identity has" if len(train) else "no training identity has"
@@ -117,8 +117,8 @@ def finish(work: Work) -> Summary:
     entries = {}
     for code, split in enumerate(SPLITS):
         if counts.listed[split]:
-            entries[split] = _split_entry(code, split, counts, starts, table, identities)
-            files[f"{split}/{WIDS}"] = _write_wids(store, split, counts.listed[split])
+            entries[split] = split_entry(code, counts.listed[split], starts, table, identities)
+            files[f"{split}/{WIDS}"] = store.write(f"{split}/{WIDS}", wids(split, counts.listed[split]))
     manifest = {
         "format": FORMAT,
         "version": VERSION,
@@ -131,7 +131,7 @@ def finish(work: Work) -> Summary:
         "filtered": counts.filtered,
         "duplicates": facts["duplicates"],
         "single_image_identities": int((train == 1).sum()),
-        "image_sizes": {side: _spread(table[side]) for side in ("width", "height")},
+        "image_sizes": {side: spread(table[side]) for side in ("width", "height")},
         "files": files,
         "splits": entries,
         "identities": facts["names"],
@@ -219,7 +219,13 @@ def _places(work: Work, counts: _Counts) -> tuple[NDArray[np.uint8], NDArray[np.
     return split_of, starts, table
 
 
-def _identity_table(split_of: NDArray[np.uint8], labels: NDArray[np.uint32]) -> NDArray[Any]:
+def identity_table(split_of: NDArray[np.uint8], labels: NDArray[np.uint32]) -> NDArray[Any]:
+    """Rows of identities.npy.
+
+    Args:
+        split_of: position in SPLITS of each picture, in the order of the index, shape (n,).
+        labels: of each picture, shape (n,).
+    """
     parts = []
     for code in range(len(SPLITS)):
         found, first, counts = np.unique(labels[split_of == code], return_index=True, return_counts=True)
@@ -229,32 +235,40 @@ def _identity_table(split_of: NDArray[np.uint8], labels: NDArray[np.uint32]) -> 
     return np.concatenate(parts)
 
 
-def _split_entry(
+def split_entry(
     code: int,
-    split: str,
-    counts: _Counts,
+    shards: list[dict[str, Any]],
     starts: NDArray[np.int64],
     table: NDArray[Any],
     identities: NDArray[Any],
 ) -> dict[str, Any]:
+    """What the manifest says of a split.
+
+    Args:
+        code: position in SPLITS.
+        shards: entries of its tars.
+        starts: first row of each split in the index and, last, their number.
+        table: the index.
+        identities: identities.npy.
+    """
     own = table[starts[code] : starts[code + 1]]
     return {
         "start": int(starts[code]),
         "identities": int((identities["split"] == code).sum()),
         "samples": len(own),
         "index_sha256": hashlib.sha256(own.tobytes()).hexdigest(),
-        "shards": counts.listed[split],
+        "shards": shards,
     }
 
 
-def _write_wids(store: Store, split: str, shards: list[dict[str, Any]]) -> str:
-    """Writes the list of a split's shards in the form that `wids.ShardListDataset` reads; returns its SHA-256."""
+def wids(split: str, shards: list[dict[str, Any]]) -> bytes:
+    """The list of a split's shards in the form that `wids.ShardListDataset` reads."""
     listed = [{"url": shard["name"], "nsamples": shard["samples"], "filesize": shard["bytes"]} for shard in shards]
     index = {"__kind__": "wids-shard-index-v1", "wids_version": 1, "name": split, "shardlist": listed}
-    return store.write(f"{split}/{WIDS}", json.dumps(index, indent=1).encode() + b"\n")
+    return json.dumps(index, indent=1).encode() + b"\n"
 
 
-def _spread(values: NDArray[Any]) -> dict[str, int]:
+def spread(values: NDArray[Any]) -> dict[str, int]:
     """Smallest, middle (the lower of two) and largest."""
     low, middle, high = (int(np.quantile(values, q, method="lower")) for q in (0, 0.5, 1))
     return {"min": low, "median": middle, "max": high}

@@ -24,6 +24,8 @@ MANIFEST = "manifest.json"
 INDEX = "index.npy"
 IDENTITIES = "identities.npy"
 WIDS = "wids.json"
+FORGETTING = ".forget/commit.json"
+"""There while `facescale shards forget` moves files: tars, index and manifest do not fit each other then."""
 
 SPLITS = ("train", "unseen_identities", "unseen_images")
 SAMPLE = np.dtype(
@@ -238,6 +240,8 @@ def _identities(root: Path, name: str, manifest: dict[str, Any]) -> NDArray[Any]
 def read_manifest(directory: Path, name: str | None = None) -> dict[str, Any]:
     """Reads and checks `directory`/manifest.json, which messages call `name`; see `ShardSet.open`."""
     path: Any = directory / MANIFEST
+    if (directory / FORGETTING).exists():
+        raise ValueError(f"{directory} is left by a `facescale shards forget` that was interrupted: the same command goes on")
     if not path.is_file():
         raise ValueError(f"{directory} holds no {MANIFEST}: it is no finished output of `facescale shard`")
     try:

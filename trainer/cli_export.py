@@ -108,7 +108,7 @@ def _card(name: str, about: "ExportedConfig", results: dict[str, dict[str, float
 def _evaluated(run: Path, found: "Checkpoint") -> tuple[dict[str, dict[str, float]], dict[str, float]]:
     """Headline figures by set and thresholds, from RUN/evaluation where that is of these weights."""
     from trainer.evaluation.embedding_store import MANIFEST
-    from trainer.evaluation.results import EVALUATION, FACESCALE, load_results
+    from trainer.evaluation.results import EVALUATION, FACESCALE, load_results, thresholds_of
     from trainer.evaluation.run import EMBEDDINGS
 
     if not (run / EVALUATION / "results.json").is_file():
@@ -119,16 +119,7 @@ def _evaluated(run: Path, found: "Checkpoint") -> tuple[dict[str, dict[str, floa
         return {}, {}
     own = [row for row in load_results(run / EVALUATION).rows if row.embedder == FACESCALE]
     figures = {row.set: row.result.headline() for row in own}
-    return figures, _thresholds(own[0].result.scalars) if own else {}
-
-
-def _thresholds(scalars: dict[str, Any]) -> dict[str, float]:
-    """Root distances; of a similarity s that is sqrt(2 - 2 s)."""
-    found = {"verification": scalars.get("verification_threshold")}
-    for point in scalars.get("tar_at_far", ()):
-        if point.get("threshold") is not None:
-            found[f"far_{point['target']:g}"] = max(0.0, 2 - 2 * point["threshold"]) ** 0.5
-    return {name: round(value, 6) for name, value in found.items() if value is not None}
+    return figures, thresholds_of(own[0].result.scalars) if own else {}
 
 
 def _progress(run: Path, config: "TrainConfig", step: int) -> "Progress":

@@ -19,7 +19,7 @@ from trainer.config import CONFIG, TrainConfig, load
 from trainer.devices import resolve
 from trainer.evaluation.embed import BATCH
 from trainer.evaluation.embedding_store import MANIFEST
-from trainer.evaluation.results import EVALUATION, FACESCALE, UNSEEN_IDENTITIES
+from trainer.evaluation.results import EVALUATION, FACESCALE, UNSEEN_IDENTITIES, thresholds_of
 from trainer.evaluation.run import EMBEDDINGS
 from trainer.export import huggingface
 from trainer.model import Embedder
@@ -48,8 +48,9 @@ class PhotoEmbedder:
         image_size: width and height of the network's input, in pixels.
         embedding_size: d.
         squared: whether `distance` is the squared one.
-        thresholds: root L2 distances in [0, 2] up to which two pictures count as of one identity, by name; `verification` is
-            what divided the pairs of held-out identities best. Empty where this checkpoint has not been evaluated.
+        thresholds: root L2 distances in [0, 2] up to which two pictures count as of one identity, by name: `verification`
+            divided the pairs of held-out identities best, `far_0.001` let one of 1,000 pairs of different ones through. Empty
+            where this checkpoint has not been evaluated.
         weights: SHA-256 of the weights.
         config: settings of the run; None of an exported network.
         skipped: what the last `embed` with errors="skip" left out.
@@ -225,6 +226,6 @@ def _thresholds(run: Path, weights: str) -> dict[str, float]:
         judged = {json.loads(path.read_text()).get("weights") for path in (run / EMBEDDINGS).glob(f"*/{MANIFEST}")}
         rows = json.loads(results.read_text()) if weights in judged else []
         wanted = [row for row in rows if (row["set"], row["embedder"]) == (UNSEEN_IDENTITIES, FACESCALE)]
-        return {"verification": float(wanted[0]["verification_threshold"])} if wanted else {}
+        return thresholds_of(wanted[0]) if wanted else {}
     except (OSError, ValueError, KeyError, TypeError, AttributeError):  # none, or not one that can be used
         return {}

@@ -1,8 +1,6 @@
 """What pages and recipes already name and the program does not have yet. Empty it: a test says what has come meanwhile."""
 
 PENDING_COMMANDS = {
-    "facescale embed --network",
-    "facescale search",
     "facescale shards forget",
 }
 """Commands, and options of commands."""

@@ -177,11 +177,12 @@ def test_thresholds_come_from_the_evaluation_of_the_same_weights(run, tmp_path):
     weights = load_embedder(judged, device="cpu").weights
     (judged / "evaluation").mkdir()
     row = {"set": UNSEEN_IDENTITIES, "embedder": FACESCALE, "verification_threshold": 0.75}
+    row["tar_at_far"] = [{"target": 0.001, "threshold": 0.92}, {"target": 1e-06, "threshold": None}]
     (judged / "evaluation" / "results.json").write_text(json.dumps([row]))
     assert load_embedder(judged, device="cpu").thresholds == {}, "nothing says whose results these are"
     (judged / "embeddings" / "x").mkdir(parents=True)
     (judged / "embeddings" / "x" / "embeddings.json").write_text(json.dumps({"weights": weights}))
-    assert load_embedder(judged, device="cpu").thresholds == {"verification": 0.75}
+    assert load_embedder(judged, device="cpu").thresholds == {"verification": 0.75, "far_0.001": 0.4}
     assert load_embedder(judged, device="cpu", checkpoint=1).thresholds == {}
 
 

@@ -263,9 +263,9 @@ def test_the_commands(some, run, tmp_path, capsys):
     assert main(["search", str(tmp_path / "out"), *probes, *options]) == 0
     lines = capsys.readouterr().out.splitlines()
     assert lines[0] == probes[0]
-    assert lines[1].split()[:4] == ["1", Path(probes[0]).parent.name, "0.000", "same"]
+    assert lines[1].split()[:4] == ["1", Path(probes[0]).parent.name, "0.000", "within"]
     assert lines[-1] == (
-        f"36 pictures of 9 identities; 2 could not be read; same: up to 0.900. Sheet: {tmp_path}/sheet.png"
+        f"36 pictures of 9 identities; 2 could not be read; threshold 0.900. Sheet: {tmp_path}/sheet.png"
     )
 
 

@@ -204,3 +204,13 @@ def _row(number: int, entry: dict[str, object], curves: dict[str, np.ndarray]) -
     own = {name.split(".", 1)[1]: curve for name, curve in curves.items() if name.startswith(f"{number}.")}
     scalars = {name: value for name, value in entry.items() if name not in ("set", "embedder")}
     return ResultRow(str(entry["set"]), str(entry["embedder"]), SetResult(scalars, own))
+
+
+def thresholds_of(scalars: Mapping[str, Any]) -> dict[str, float]:
+    """Root L2 distances in [0, 2] up to which a pair counts as one identity: `verification`, which divided pairs best, and
+    `far_0.001` and the like, at that false-accept rate. Of a similarity s that is sqrt(2 - 2 s)."""
+    found = {"verification": scalars.get("verification_threshold")}
+    for point in scalars.get("tar_at_far") or ():
+        if point.get("threshold") is not None:
+            found[f"far_{point['target']:g}"] = max(0.0, 2 - 2 * point["threshold"]) ** 0.5
+    return {name: round(float(value), 6) for name, value in found.items() if value is not None}
