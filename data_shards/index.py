@@ -15,6 +15,7 @@ from data_shards.commit import HashedFile
 from data_shards.commit import committed as committed  # where others look for it
 from data_shards.files import local
 from data_shards.remote_set import RemoteTars, fetch_manifest, fetch_tables, is_streamed
+from data_shards.replacing import check_whole
 from data_shards.stream_config import StreamConfig
 from data_shards.tar_members import BLOCK, header_name, split_name
 
@@ -24,8 +25,6 @@ MANIFEST = "manifest.json"
 INDEX = "index.npy"
 IDENTITIES = "identities.npy"
 WIDS = "wids.json"
-FORGETTING = ".forget/commit.json"
-"""There while `facescale shards forget` moves files: tars, index and manifest do not fit each other then."""
 
 SPLITS = ("train", "unseen_identities", "unseen_images")
 SAMPLE = np.dtype(
@@ -240,8 +239,7 @@ def _identities(root: Path, name: str, manifest: dict[str, Any]) -> NDArray[Any]
 def read_manifest(directory: Path, name: str | None = None) -> dict[str, Any]:
     """Reads and checks `directory`/manifest.json, which messages call `name`; see `ShardSet.open`."""
     path: Any = directory / MANIFEST
-    if (directory / FORGETTING).exists():
-        raise ValueError(f"{directory} is left by a `facescale shards forget` that was interrupted: the same command goes on")
+    check_whole(directory)
     if not path.is_file():
         raise ValueError(f"{directory} holds no {MANIFEST}: it is no finished output of `facescale shard`")
     try:

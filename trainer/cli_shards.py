@@ -235,7 +235,7 @@ def _verify(args: argparse.Namespace) -> int:
 
 
 def add_shards(add: ADD, parser_class: type[argparse.ArgumentParser]) -> None:
-    parser = add("shards", "Look into shards, or get the pictures back.", None)
+    parser = add("shards", "Look into shards, get the pictures back, or delete people.", None)
     commands = parser.add_subparsers(required=True, metavar="COMMAND", parser_class=parser_class)
     stats = commands.add_parser("stats", help="images per identity, sizes, bytes: printed and plotted")
     stats.add_argument("shards", type=Path, metavar="DIR", help="folder written by `facescale shard`")
@@ -249,6 +249,14 @@ def add_shards(add: ADD, parser_class: type[argparse.ArgumentParser]) -> None:
     export.add_argument("out", type=Path, metavar="OUT", help="folder to make: OUT/split/identity/image.jpg")
     export.add_argument("--split", nargs="+", metavar="NAME", help="these splits only")
     export.set_defaults(command=_export)
+    forget = commands.add_parser("forget", help="delete identities from tars, index, manifest and embeddings for good")
+    forget.add_argument("shards", type=Path, metavar="DIR", help="folder written by `facescale shard`")
+    forget.add_argument(
+        "identities", nargs="+", metavar="IDENTITY", help="names, as the folders of pictures were called"
+    )
+    text = "folders of `facescale embed` whose rows of them are deleted, too"
+    forget.add_argument("--embeddings", type=Path, nargs="+", default=[], metavar="OUT", help=text)
+    forget.set_defaults(command=_forget)
 
 
 def _stats(args: argparse.Namespace) -> int:
@@ -273,3 +281,22 @@ def _export(args: argparse.Namespace) -> int:
 
     print(f"{export(args.shards, args.out, args.split):,} pictures in {args.out}")
     return 0
+
+
+def _forget(args: argparse.Namespace) -> int:
+    from data_shards.forget import forget, labels_of
+    from data_shards.index import ShardSet
+    from data_shards.replacing import is_interrupted
+
+    rows = 0
+    if args.embeddings and not is_interrupted(args.shards):  # then they are done
+        from trainer.forget_embeddings import check_embeddings, forget_embeddings
+
+        for folder in args.embeddings:
+            check_embeddings(folder)
+        labels = labels_of(ShardSet.open(args.shards), args.identities)
+        rows = sum(forget_embeddings(folder, labels) for folder in args.embeddings)
+    found = forget(args.shards, args.identities)
+    print(f"{found}; {rows:,} rows out of embeddings" if args.embeddings else found)
+    print("Elsewhere they may still be: docs/pages/face-data.md lists where.")
+    return _verify(argparse.Namespace(shards=args.shards, decode=False, workers=None))

@@ -23,6 +23,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from data_shards.progress import progress
+from data_shards.replacing import check_whole
 from trainer.embedder import PhotoEmbedder
 from trainer.evaluation.embedding_store import EMBEDDINGS, IDENTITIES, KEYS, MANIFEST
 from trainer.network_inputs import pictures_in
@@ -123,6 +124,7 @@ def read_gallery(folder: Path) -> Gallery:
     Raises:
         ValueError: it is not whole, or damaged.
     """
+    check_whole(folder)
     try:
         manifest = json.loads((folder / MANIFEST).read_text())
     except (OSError, ValueError):

@@ -115,7 +115,7 @@ def test_pages_ask_for_nothing_else_and_the_search_finds(site):
                 broken = "[...document.images].filter(one => !one.naturalWidth).map(one => one.src)"
                 assert page.evaluate(broken) == []
             page.click("input.md-search__input")
-            page.keyboard.type("forget", delay=50)
+            page.keyboard.type("consent", delay=50)
             page.wait_for_selector(".md-search-result__item a", state="attached", timeout=60_000)
             assert "face-data" in page.locator(".md-search-result__item a").first.get_attribute("href")
     finally:

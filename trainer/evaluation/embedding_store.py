@@ -27,6 +27,7 @@ from data_shards.index import Split
 from data_shards.loader import LoaderConfig, evaluation_loader
 from data_shards.progress import progress
 from data_shards.reader import keys_of
+from data_shards.replacing import check_whole
 from trainer.collectives import barrier, gather_objects, rank, world_size
 from trainer.evaluation.embed import BATCH, Function, Pace, check_decoded, embeddings_of, evaluating, labels
 
@@ -149,6 +150,7 @@ def _about(encoder: Encoder, split: Split, fingerprint: str, samples: np.ndarray
 
 def _read_manifest(folder: Path) -> dict[str, Any]:
     path = folder / MANIFEST
+    check_whole(folder)
     try:
         found = json.loads(path.read_text())
     except OSError:
