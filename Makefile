@@ -2,6 +2,7 @@
 # make test    sets everything up and runs the tests
 # make lint    ruff and mypy
 # make docs    builds the documentation into build/docs and checks every link in it
+# make audit   asks PyPI for known vulnerabilities of the locked versions
 # make bench   runs all benchmarks in a small size and writes their table, 18 minutes on 2 CPU cores by estimate
 # make gpu-check  on a machine with a GPU: the GPU tests and the demo there, and what ran how fast
 
@@ -12,7 +13,7 @@ PROCESSES ?= 2
 # files of tests that run at the same time; many of them start two processes, and wait
 TEST_PROCESSES ?= 2
 
-.PHONY: setup demo test lint docs bench bench-check gpu-check clean
+.PHONY: setup demo test lint docs audit bench bench-check gpu-check clean
 .DEFAULT_GOAL := setup
 
 setup: $(STAMP)
@@ -44,6 +45,12 @@ lint: $(STAMP)
 docs: $(STAMP)
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet --config-file docs/mkdocs.yml
 	@echo "build/docs/index.html"
+
+# asks PyPI for known vulnerabilities of the locked versions; fails where one could not be asked for
+audit: $(STAMP)
+	$(PYTHON) -m venv build/audit
+	build/audit/bin/pip install --quiet --disable-pip-version-check pip-audit
+	build/audit/bin/pip-audit --strict --no-deps --disable-pip --requirement requirements.lock
 
 bench: $(STAMP)
 	$(BIN)/pip install --quiet --disable-pip-version-check --requirement benchmarks/requirements.txt

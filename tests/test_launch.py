@@ -3,9 +3,11 @@
 import json
 import re
 import subprocess
+import sys
 from pathlib import Path
 
 import pytest
+import torch
 import yaml
 from accelerate.commands.config.config_args import load_config_from_file
 
@@ -59,6 +61,28 @@ def test_slurm_script():
     assert {"--requeue", "--signal", "--nodes", "--ntasks-per-node", "--gpus-per-node", "--open-mode"} <= set(options)
     first_command = next(line for line in path.read_text().splitlines()[1:] if line and not line.startswith("#"))
     assert path.read_text().rindex("#SBATCH") < path.read_text().index(first_command), "Slurm reads no later ones"
+
+
+def test_dockerfile():
+    """Linted; it copies what is there and not kept out; CUDA is that of the locked PyTorch; it installs as `make setup`."""
+    path = LAUNCH / "docker" / "Dockerfile"
+    done = subprocess.run(
+        [Path(sys.executable).parent / "hadolint", "--failure-threshold", "info", str(path)],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stdout
+    text, root = path.read_text(), LAUNCH.parent
+    kept = {line[1:] for line in (root / ".dockerignore").read_text().splitlines() if line.startswith("!")}
+    copied = {word for line in re.findall(r"^COPY (?!--from)(.*)$", text, re.MULTILINE) for word in line.split()[:-1]}
+    assert copied == kept
+    assert all((root / name).exists() for name in copied)
+    (base,) = set(re.findall(r"^FROM nvidia/cuda:(\d+\.\d+)\.\d+-base", text, re.MULTILINE))
+    assert base == torch.version.cuda
+    assert "--requirement requirements.lock" in text
+    assert "--no-deps --no-build-isolation ." in text
+    assert "USER 10001" in text
 
 
 def test_every_template_is_in_the_readme():

@@ -18,6 +18,7 @@ from trainer.cli_profile import add_profile
 from trainer.cli_report import add_report
 from trainer.cli_search import add_search
 from trainer.cli_shards import add_shard, add_shards, add_verify
+from trainer.extras import missing
 
 _DESCRIPTION = "Train face-embedding networks from WebDataset shards: pictures -> shards -> network -> report."
 _DISTRIBUTED = "More than one process: accelerate launch -m trainer.train, with the same options."
@@ -25,7 +26,17 @@ _DISTRIBUTED = "More than one process: accelerate launch -m trainer.train, with 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs one subcommand. A user's mistake is told in one line; FACESCALE_TRACEBACK=1 shows where it was found."""
-    args = list(sys.argv[1:] if argv is None else argv)
+    try:
+        return _main(list(sys.argv[1:] if argv is None else argv))
+    except ModuleNotFoundError as error:
+        said = missing(error)
+        if said is None or os.environ.get("FACESCALE_TRACEBACK"):
+            raise
+        print(f"facescale: {said}", file=sys.stderr)
+        return 1
+
+
+def _main(args: list[str]) -> int:
     if args[:1] == ["train"]:
         from trainer.train import main as train
 

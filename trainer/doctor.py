@@ -2,6 +2,7 @@
 
 import ctypes
 import importlib.metadata
+import importlib.util
 import os
 import platform
 import resource
@@ -25,8 +26,11 @@ _PACKAGES = (
     "deepspeed",
     "webdataset",
     "numpy",
-    "faiss-gpu",
+    ("faiss-gpu", "faiss-cpu"),
 )
+"""Of alternatives one is enough."""
+_CONVERTING = ("numpy", "pillow", "opencv-python-headless", "simplejpeg", "pyarrow")
+"""What a machine needs that only turns pictures into shards."""
 CGROUP = Path("/sys/fs/cgroup")
 """Where a container's limits are (cgroup v2)."""
 DRIVER = Path("/proc/driver/nvidia/version")
@@ -47,14 +51,17 @@ def examine(folder: Path = Path()) -> list[Check]:
     Args:
         folder: whose disk is measured: where the shards or runs are to lie.
     """
-    parts: tuple[tuple[str, Callable[[], Check]], ...] = (
-        ("packages", _packages),
-        ("cpu", _cpu),
-        ("memory", _memory),
+    training: tuple[tuple[str, Callable[[], Check]], ...] = (
         ("gpu", _gpu),
         ("dali", _dali),
         ("faiss", _faiss),
         ("gather", _gather),
+    )
+    parts: tuple[tuple[str, Callable[[], Check]], ...] = (
+        ("packages", _packages),
+        ("cpu", _cpu),
+        ("memory", _memory),
+        *(training if _trains() else ()),
         ("shared memory", _shared_memory),
         ("open files", _open_files),
         ("disk", partial(_disk, folder)),
@@ -75,17 +82,34 @@ def _tried(name: str, part: Callable[[], Check]) -> Check:
         )
 
 
+def _trains() -> bool:
+    """Whether this installation is for more than conversion."""
+    return importlib.util.find_spec("torch") is not None
+
+
 def _packages() -> Check:
-    found = ", ".join(f"{name} {importlib.metadata.version(name)}" for name in _PACKAGES)
-    return Check("packages", True, f"Python {platform.python_version()}, {found}")
+    found = ", ".join(_version(names) for names in (_PACKAGES if _trains() else _CONVERTING))
+    alone = "" if _trains() else "; conversion alone: training needs pip install 'facescale[gpu]'"
+    return Check("packages", True, f"Python {platform.python_version()}, {found}{alone}")
+
+
+def _version(names: str | tuple[str, ...]) -> str:
+    first, *others = (names,) if isinstance(names, str) else names
+    try:
+        return f"{first} {importlib.metadata.version(first)}"
+    except importlib.metadata.PackageNotFoundError:
+        if not others:
+            raise
+        return _version(tuple(others))
 
 
 def _cpu() -> Check:
-    from trainer.precision import cpu_has_bf16
-
     cores, allowed = len(os.sched_getaffinity(0)), _quota()
-    bf16 = "in hardware" if cpu_has_bf16() else "emulated: training uses fp32"
-    found = f"{cores} cores, bf16 {bf16}"
+    found = f"{cores} cores"
+    if _trains():
+        from trainer.precision import cpu_has_bf16
+
+        found += f", bf16 {'in hardware' if cpu_has_bf16() else 'emulated: training uses fp32'}"
     if allowed is None or allowed >= cores:
         return Check("cpu", True, found)
     advice = (
