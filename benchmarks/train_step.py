@@ -1,6 +1,6 @@
 """What the step costs beside its network: our loop against a bare one and a naive one, mining, memory, checkpoints, the loader.
 
-    python benchmarks/train_step.py [--only loop exchange memory checkpoint compile loader] [--steps 30]
+    python benchmarks/train_step.py [--only loop exchange memory checkpoint compile loader normalise] [--steps 30]
 
 ResNet-50, 112 px, 64 images a rank, all cores. `loop` runs the real `trainer.train.train` on batches that lie in memory; between
 its steps a bare loop (forward, backward, optimiser, the same precision and memory format) and a naive one (float32, contiguous,
@@ -302,9 +302,35 @@ def run_loader(steps: int) -> dict[str, Any]:
     return {"data_wait_percent": spread(waits), "images_per_s": spread(rates)}
 
 
+def run_normalise(repeats: int = 40) -> dict[str, Any]:
+    """Microseconds an image, on all cores, of the network's first operation by OpenCV, which a CPU takes, and by PyTorch."""
+    from unittest import mock
+
+    import torch
+
+    from trainer.model import normalised
+
+    images = in_memory_batches(1)[0].images
+    colour = torch.eye(3, 4).repeat(IMAGES, 1, 1) + 0.05 * torch.randn(IMAGES, 3, 4)
+    mean, std = (torch.full((3, 1, 1), value) for value in (0.45, 0.22))
+    found: dict[str, Any] = {}
+    for name, colours in (("as they are", None), ("recoloured", colour)):
+        seconds: dict[str, list[float]] = {"opencv": [], "pytorch": []}
+        for _ in range(repeats):
+            for way, times in seconds.items():
+                with mock.patch("torch.compiler.is_compiling", lambda way=way: way == "pytorch"):
+                    begun = time.perf_counter()
+                    normalised(images, mean, std, colours)
+                    times.append((time.perf_counter() - begun) / IMAGES * 1e6)
+        found[name] = {way: spread(times, 1) for way, times in seconds.items()}
+        pairs = zip(seconds["pytorch"], seconds["opencv"], strict=True)
+        found[name]["pytorch_over_opencv"] = spread([torch_s / opencv_s for torch_s, opencv_s in pairs], 2)
+    return found
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parts = ("loop", "exchange", "memory", "checkpoint", "compile", "loader")
+    parts = ("loop", "exchange", "memory", "checkpoint", "compile", "loader", "normalise")
     parser.add_argument("--only", nargs="*", choices=parts, default=parts)
     parser.add_argument("--steps", type=int, default=30)
     parser.add_argument("--out", type=Path, default=ROOT / "benchmarks" / "results" / "train_step.json")
@@ -325,6 +351,7 @@ def main() -> int:
         "checkpoint": run_checkpoint,
         "compile": lambda: run_compile(max(6, args.steps // 2)),
         "loader": lambda: run_loader(max(15, args.steps)),
+        "normalise": run_normalise,
     }
     for name in args.only:
         found[name] = runs[name]()

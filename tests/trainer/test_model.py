@@ -12,7 +12,7 @@ from safetensors.torch import save_file
 from torch import nn
 
 from trainer.config import ModelConfig
-from trainer.model import Embedder, parameter_groups, read_state
+from trainer.model import Embedder, normalised, parameter_groups, read_state
 
 
 def noise(count: int, size: int = 32) -> torch.Tensor:
@@ -68,6 +68,28 @@ def test_colours_change_before_normalisation_by_hand():
     assert spy.pixels.is_contiguous(memory_format=torch.channels_last)
     for found in spy.pixels.unbind(3):
         assert torch.allclose(found[:, :, 0], (wanted - mean) / std, atol=1e-6)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
+@pytest.mark.parametrize("recolours", [False, True])
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
+def test_a_cpu_normalises_as_other_devices_do(monkeypatch, dtype, recolours, layout):
+    """By OpenCV, and by the product that everything else takes; also half of each picture, which is not contiguous."""
+    draw = torch.Generator().manual_seed(3)
+    images = torch.randint(0, 256, (5, 3, 12, 18), dtype=torch.uint8, generator=draw).contiguous(memory_format=layout)
+    colour = torch.eye(3, 4).repeat(5, 1, 1) + 0.4 * torch.randn(5, 3, 4, generator=draw)
+    colour[:, :, 3] *= 100
+    mean, std = (torch.tensor(values, dtype=dtype).view(3, 1, 1) for values in ((0.4, 0.5, 0.6), (0.2, 0.25, 0.3)))
+    given = [(images, mean, std, colour if recolours else None)]
+    given += [(images[:, :, :, ::2], *given[0][1:]), (images[:0], mean, std, colour[:0] if recolours else None)]
+    found = [normalised(*one) for one in given]
+    monkeypatch.setattr(torch.compiler, "is_compiling", lambda: True)
+    for one, by_opencv in zip(given, found, strict=True):
+        wanted = normalised(*one)
+        assert by_opencv.dtype == wanted.dtype == dtype
+        assert by_opencv.is_contiguous(memory_format=torch.channels_last) or not len(by_opencv)
+        tolerance = {torch.float32: 5e-6, torch.float64: 1e-12, torch.bfloat16: 0.04}[dtype]
+        torch.testing.assert_close(by_opencv, wanted, rtol=0, atol=tolerance)
 
 
 def spied(dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
