@@ -133,7 +133,8 @@ def normalised(images: Tensor, mean: Tensor, std: Tensor, colour: Tensor | None 
 
 
 def _normalised_on_cpu(images: Tensor, mean: Tensor, std: Tensor, colour: Tensor | None) -> Tensor:
-    """The same by OpenCV, in a tenth of the time (`benchmarks/train_step.py`): PyTorch is slow at products of three by three."""
+    """The same by OpenCV, in less than half the time, and in one thread: PyTorch is slow at products of three by three, and its
+    threads wait for cores that decode (`benchmarks/README.md`)."""
     kind = np.float64 if mean.dtype == torch.float64 else np.float32
     scale, shift = 1 / (255 * std.view(3)), -(mean / std).view(3)
     last = torch.cat([scale.diag(), shift[:, None]], 1).to(torch.float64).numpy()  # (3, 4)
