@@ -12,7 +12,7 @@ import numpy as np
 from data_shards.commit import HashedFile
 from data_shards.replacing import Replacement, finish_replacing
 from trainer.evaluation.embedding_store import EMBEDDINGS, IDENTITIES, KEYS, MANIFEST, read_embeddings
-from trainer.photos import NAMES, SKIPPED, identity_of, is_gallery, read_gallery
+from trainer.photos import NAMES, SKIPPED, UNDER_WAY, identity_of, is_gallery, read_gallery
 
 _ROWS = 2**16
 
@@ -59,6 +59,7 @@ def forget_embeddings(folder: Path, labels: Mapping[str, int]) -> int:
             aside.put(NAMES, _text(names))
             aside.put(IDENTITIES, _npy(np.array([place[identity_of(key)] for key in kept], np.int64)))
             aside.put(SKIPPED, _skipped(folder, labels)[0])
+            aside.delete(*UNDER_WAY)
         else:
             aside.put(IDENTITIES, _npy(identities[~gone]))
         aside.put(

@@ -25,12 +25,13 @@ from numpy.typing import NDArray
 from data_shards.progress import progress
 from data_shards.replacing import check_whole
 from trainer.embedder import PhotoEmbedder
-from trainer.evaluation.embedding_store import EMBEDDINGS, IDENTITIES, KEYS, MANIFEST
+from trainer.evaluation.embedding_store import EMBEDDINGS, IDENTITIES, KEYS, MANIFEST, write_json
 from trainer.network_inputs import pictures_in
 
 FORMAT = "facescale-photos"
 NAMES, SKIPPED = "identities.txt", "skipped.csv"
-_RAW, _POSITION = "embeddings.raw", "position.json"
+UNDER_WAY = _RAW, _POSITION = "embeddings.raw", "position.json"
+"""Files that are there while pictures are embedded; a kill at the very end leaves them beside the finished ones."""
 CHUNK = 1024
 """Pictures between two looks at the disk: what an interruption costs."""
 
@@ -85,6 +86,8 @@ def embed_photos(photos: Path, out: Path, embedder: PhotoEmbedder) -> Gallery:
     if not begun.get("complete"):
         _fill(photos, keys, out, embedder)
         _finish(out, wanted)
+    for name in UNDER_WAY:
+        (out / name).unlink(missing_ok=True)
     return read_gallery(out)
 
 
@@ -155,7 +158,7 @@ def _begin(out: Path, wanted: dict[str, Any]) -> dict[str, Any]:
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise ValueError(f"{out} exists and is not empty; choose another folder")
     out.mkdir(parents=True, exist_ok=True)
-    _write(out / MANIFEST, {**wanted, "complete": False})
+    write_json(out / MANIFEST, {**wanted, "complete": False})
     return {}
 
 
@@ -184,7 +187,7 @@ def _fill(photos: Path, keys: Sequence[str], out: Path, embedder: PhotoEmbedder)
                     file.flush()
                     os.fsync(file.fileno())
                 done += len(chunk)
-                _write(out / _POSITION, [done, [path.stat().st_size for path in files]])
+                write_json(out / _POSITION, [done, [path.stat().st_size for path in files]])
                 advance(len(chunk))
 
 
@@ -200,9 +203,7 @@ def _finish(out: Path, wanted: dict[str, Any]) -> None:
         shape = (len(keys), wanted["dimensions"])
         np.lib.format.write_array_header_1_0(file, {"descr": "<f4", "fortran_order": False, "shape": shape})
         shutil.copyfileobj(raw, file)
-    _write(out / MANIFEST, {**wanted, "samples": len(keys), "complete": True})
-    for name in (_RAW, _POSITION):
-        (out / name).unlink()
+    write_json(out / MANIFEST, {**wanted, "samples": len(keys), "complete": True})
 
 
 def _labels(keys: Sequence[str]) -> tuple[list[str], NDArray[np.int64]]:
@@ -228,9 +229,3 @@ def _chunks(keys: Sequence[str], done: int) -> Iterator[Sequence[str]]:
 
 def _lines(path: Path) -> list[str]:
     return path.read_bytes().decode(errors="surrogateescape").splitlines()
-
-
-def _write(path: Path, value: Any) -> None:
-    aside = path.with_name(f".{path.name}.partial")
-    aside.write_text(json.dumps(value, indent=1) + "\n")
-    aside.rename(path)

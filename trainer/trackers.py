@@ -53,11 +53,12 @@ class Trackers:
         path = folder / IDENTITY
         identity = json.loads(path.read_text()) if path.is_file() else {"id": secrets.token_hex(4)}
         if config.run.tensorboard:
-            self._start("tensorboard", TensorBoardTracker("tensorboard", folder))
+            self._start("tensorboard", TensorBoardTracker("tensorboard", folder), {})
         for name in config.run.trackers:
-            self._start(name, _MAKE[name](config.run.tracker_project, folder, identity))
-            if name != "mlflow" or name not in identity:  # which takes no second value of a parameter
-                self._trackers[name].store_init_configuration(flat(config))
+            told = (
+                {} if name == "mlflow" and name in identity else flat(config)
+            )  # it takes no second value of a parameter
+            self._start(name, _MAKE[name](config.run.tracker_project, folder, identity), told)
             identity[name] = self._trackers[name].tracker.info.run_id if name == "mlflow" else identity["id"]
         if config.run.trackers:
             path.write_text(json.dumps(identity) + "\n")
@@ -70,9 +71,12 @@ class Trackers:
         """Waits until all have written what they were sent; returns as `log`."""
         return self._each("finish")
 
-    def _start(self, name: str, tracker: GeneralTracker) -> None:
+    def _start(self, name: str, tracker: GeneralTracker, told: dict[str, Any]) -> None:
+        """Begins, and tells the settings, if any."""
         try:
             tracker.start()
+            if told:
+                tracker.store_init_configuration(told)
         except Exception as error:  # each has its own
             raise ValueError(f"run.trackers: {name} does not start: {_first_line(error)}") from error
         self._trackers[name] = tracker

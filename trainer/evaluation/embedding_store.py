@@ -185,7 +185,7 @@ def _begin(folder: Path, wanted: dict[str, Any], split: Split, samples: np.ndarr
         text.writelines(f"{key}\n" for key in keys_of(split, _ids(split, samples)))
     chunk = BATCH * min(_CHUNK_BATCHES, max(1, shape[0] // (BATCH * _FEWEST_CHUNKS)))
     (folder / _DONE).write_bytes(bytes(-(-shape[0] // chunk)))
-    _write(folder / MANIFEST, wanted | {"chunk": chunk, "first_byte": first, "complete": False})
+    write_json(folder / MANIFEST, wanted | {"chunk": chunk, "first_byte": first, "complete": False})
 
 
 def _ids(split: Split, samples: np.ndarray | None) -> np.ndarray:
@@ -275,11 +275,12 @@ class _Writer:
 def _finish(folder: Path, manifest: dict[str, Any]) -> None:
     left = int((np.fromfile(folder / _DONE, np.uint8) == 0).sum())
     assert not left, f"{left} chunks are missing"
-    _write(folder / MANIFEST, manifest | {"complete": True})
+    write_json(folder / MANIFEST, manifest | {"complete": True})
     (folder / _DONE).unlink()
 
 
-def _write(path: Path, manifest: dict[str, Any]) -> None:
+def write_json(path: Path, manifest: Any) -> None:
+    """Writes a small file, whole or not at all."""
     aside = path.with_name(f".{path.name}.partial")
     aside.write_text(json.dumps(manifest, indent=1) + "\n")
     aside.rename(path)
