@@ -117,7 +117,8 @@ def normalised(images: Tensor, mean: Tensor, std: Tensor, colour: Tensor | None 
     Returns:
         In the type of `mean`, shape (b, 3, H, W), channels-last in memory.
     """
-    if images.device.type == "cpu" and images.dtype == torch.uint8 and not torch.compiler.is_compiling():
+    on_cpu = images.device.type == "cpu" and images.dtype == torch.uint8
+    if on_cpu and type(images) is Tensor and not torch.compiler.is_compiling():  # fake tensors have nothing for OpenCV
         return _normalised_on_cpu(images, mean, std, colour)
     scale, shift = 1 / (255 * std.view(3)), -(mean / std).view(3)
     if colour is None:
