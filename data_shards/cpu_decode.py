@@ -1,4 +1,4 @@
-"""Encoded bytes and augmentation parameters in, uint8 batches out, on CPU cores: libjpeg-turbo and PyTorch's resize in threads.
+"""Encoded bytes and augmentation parameters in, uint8 batches out, on CPU cores: libjpeg-turbo and `resize.c` in threads.
 
 The same pictures as `decode`'s DALI pipeline gives (the crop's pixels, a triangle filter when shrinking, the mirror), in less
 than half the time: DALI's resize on the CPU costs more than its decoding. A JPEG whose crop is at least twice the output is
@@ -9,7 +9,7 @@ half an output pixel elsewhere.
 import threading
 import weakref
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 
 import cv2
@@ -21,12 +21,8 @@ from torch import Tensor
 
 from data_shards.augment import central_square
 from data_shards.decode import DecodeError, Encoded, Source
+from data_shards.resize import Pixels, resize_into
 
-Pixels = NDArray[np.uint8]
-"""RGB, shape (height, width, 3)."""
-
-_resize: Callable[..., Tensor] = torch._C._nn._upsample_bilinear2d_aa
-"""What `torch.nn.functional.interpolate` calls for mode "bilinear" with antialias; that takes no `out`."""
 _TOGETHER = 8
 """Images that a thread takes at a time."""
 _HEAD = 4096
@@ -135,19 +131,7 @@ def _fill(out: NDArray[np.uint8], encoded: Encoded, places: list[tuple[list[floa
         crop(picture, anchor, shape, size, number)
         for number, (picture, (anchor, shape, _)) in enumerate(zip(encoded, places, strict=True))
     ]
-    _resize_into(out, crops, [mirror for _, _, mirror in places])
-
-
-def _resize_into(out: NDArray[np.uint8], crops: Sequence[Pixels], mirrors: Sequence[int]) -> None:
-    size = out.shape[1]
-    # made whole and turned by NumPy, and before: PyTorch's operations give the interpreter's lock away, and its copy of a crop
-    # that is not contiguous starts threads of its own
-    slots = [torch.from_numpy(slot) for slot in out.transpose(0, 3, 1, 2)[:, None]]  # (1, 3, size, size) each
-    rows = [torch.from_numpy(np.ascontiguousarray(pixels).transpose(2, 0, 1)[None]) for pixels in crops]
-    for picture, slot, view, mirror in zip(rows, slots, out, mirrors, strict=True):
-        _resize(picture, [size, size], False, None, None, out=slot)
-        if mirror:
-            cv2.flip(view, 1, dst=view)
+    resize_into(out, crops, [mirror for _, _, mirror in places])
 
 
 def central_crop(picture: NDArray[np.uint8], width: int, height: int, size: int) -> Pixels:
@@ -165,7 +149,7 @@ def central_crop(picture: NDArray[np.uint8], width: int, height: int, size: int)
     if picture.ndim == 1:
         _fill(out, [picture], [(anchor, shape, 0)])
     else:
-        _resize_into(out, [_cut(picture, anchor, shape)], [0])
+        resize_into(out, [_cut(picture, anchor, shape)], [0])
     return out[0]
 
 

@@ -25,6 +25,8 @@ from data_shards.counter_random import random_bits
 Ints = NDArray[np.int64]
 
 _ORDER, _COLUMNS, _IMAGES = range(3)  # what a random number is drawn for
+_AT_ONCE = 1 << 16
+"""Numbers that a schedule draws in one call, about: small epochs take few calls, large ones little memory."""
 
 
 @dataclass(kw_only=True, frozen=True)
@@ -167,9 +169,13 @@ class Plan:
         schedule = Schedule(np.empty((steps, p), np.int32), np.empty((steps, p), np.int32))
         identity = self._eligible[order][slot]
         taken = np.zeros(steps, bool)
+        together = max(1, _AT_ONCE // steps)  # rows
         for row in range(p):
             begin, end = row * steps, (row + 1) * steps
-            columns = np.argsort(random_bits(self.seed, _COLUMNS, epoch, row, np.arange(steps)), kind="stable")
+            if row % together == 0:
+                rows = np.arange(row, min(row + together, p))[:, None]
+                shuffled = np.argsort(random_bits(self.seed, _COLUMNS, epoch, rows, np.arange(steps)), kind="stable")
+            columns = shuffled[row % together]
             if row and slot[begin] == slot[begin - 1]:
                 head = int(np.searchsorted(slot[begin:end], slot[begin], side="right"))
                 free = np.flatnonzero(~taken[columns])[:head]

@@ -107,9 +107,13 @@ def _cpu() -> Check:
     cores, allowed = len(os.sched_getaffinity(0)), _quota()
     found = f"{cores} cores"
     if _trains():
+        from data_shards import resize
         from trainer.precision import cpu_has_bf16
 
         found += f", bf16 {'in hardware' if cpu_has_bf16() else 'emulated: training uses fp32'}"
+        found += (
+            f", pictures resized by {'compiled code' if resize.compiled() else 'PyTorch, for want of a C compiler'}"
+        )
     if allowed is None or allowed >= cores:
         return Check("cpu", True, found)
     advice = (

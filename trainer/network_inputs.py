@@ -10,9 +10,10 @@ import torch
 from numpy.typing import NDArray
 from PIL import Image, ImageOps
 
-from data_shards.cpu_decode import Pixels, central_crop
+from data_shards.cpu_decode import central_crop
 from data_shards.decode import DecodeError
 from data_shards.pictures import probe_image
+from data_shards.resize import Pixels
 from data_shards.sources.base import extension_of, sniff
 
 _KINDS = "a path, bytes, a PIL image, a uint8 array (H, W, 3) or (H, W), or a uint8 tensor (H, W, 3) or (3, H, W)"

@@ -10,6 +10,7 @@ from conftest import encode
 from nvidia.dali import fn, pipeline_def
 from PIL import Image
 
+from data_shards import resize
 from data_shards.augment import Augmentation, AugmentConfig, augment, central_square
 from data_shards.cpu_decode import CpuDecoder, decoded
 from data_shards.decode import DecodeError, Decoder
@@ -21,11 +22,14 @@ DAMAGED = np.zeros(50, np.uint8)
 MADE = {}
 
 
-@pytest.fixture(params=["dali", "libjpeg"], autouse=True)
+@pytest.fixture(params=["dali", "libjpeg", "libjpeg, PyTorch's resize"], autouse=True)
 def kind(request, monkeypatch):
     """Which decoder `make` makes."""
-    monkeypatch.setitem(MADE, "kind", request.param)
-    return request.param
+    kind, _, resized = request.param.partition(",")
+    monkeypatch.setitem(MADE, "kind", kind)
+    if resized:
+        monkeypatch.setattr(resize, "_compiled", lambda: None)
+    return kind
 
 
 def make(source, batch_size, image_size, threads=2):

@@ -3,6 +3,7 @@ from types import SimpleNamespace
 
 import pytest
 
+from data_shards import resize
 from trainer import doctor
 from trainer.cli import main
 from trainer.doctor import Check, examine
@@ -200,3 +201,11 @@ def test_the_command_ends_with_0_where_all_is_well(monkeypatch, capsys):
     quick(monkeypatch)
     assert main(["doctor"]) == 0
     assert len(capsys.readouterr().out.splitlines()) == len(PARTS)
+
+
+@pytest.mark.parametrize(
+    ("compiled", "told"), [(True, "by compiled code"), (False, "by PyTorch, for want of a C compiler")]
+)
+def test_who_resizes_is_told(monkeypatch, compiled, told):
+    monkeypatch.setattr(resize, "compiled", lambda: compiled)
+    assert f", pictures resized {told}" in doctor._cpu().found
