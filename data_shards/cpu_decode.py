@@ -23,8 +23,10 @@ from data_shards.augment import central_square
 from data_shards.decode import DecodeError, Encoded, Source
 from data_shards.resize import Pixels, resize_into
 
-_TOGETHER = 8
-"""Images that a thread takes at a time."""
+_TOGETHER = 16
+"""Images that a thread takes at a time, at most: more of them wait less for the interpreter's lock."""
+_TASKS = 4
+"""Such tasks for each thread, at least, among the batches that are in work."""
 _HEAD = 4096
 """Bytes of a JPEG in which Exif is looked for."""
 
@@ -43,7 +45,7 @@ class CpuDecoder:
     """Batches held at most: those in work and the one that leaves."""
 
     def __init__(self, source: Source, image_size: int, device: torch.device | str = "cpu", threads: int = 2) -> None:
-        self._source, self._size, self._device = source, image_size, torch.device(device)
+        self._source, self._size, self._device, self._threads = source, image_size, torch.device(device), threads
         self._pool = ThreadPoolExecutor(threads, thread_name_prefix="decode")
         weakref.finalize(self, self._pool.shutdown, wait=False, cancel_futures=True)
         self._coming: deque[tuple[Tensor, list[Future[None]]]] = deque()
@@ -83,10 +85,11 @@ class CpuDecoder:
         out = self._buffers.array((len(encoded), self._size, self._size, 3))
         columns = (parameters.anchor, parameters.shape, parameters.mirror)
         places = list(zip(*(column.tolist() for column in columns), strict=True))
+        together = min(max(1, (self.ahead - 1) * len(encoded) // (_TASKS * self._threads)), _TOGETHER)
         parts = [
             self._pool.submit(_fill, out[part], encoded[part], places[part])
-            for begin in range(0, len(encoded), _TOGETHER)
-            for part in [slice(begin, begin + _TOGETHER)]
+            for begin in range(0, len(encoded), together)
+            for part in [slice(begin, begin + together)]
         ]
         self._coming.append((torch.from_numpy(out).permute(0, 3, 1, 2), parts))  # (b, 3, H, W)
 
@@ -164,7 +167,7 @@ def crop(
         anchor: left and top of the crop as fractions of the picture's width and height.
         shape: its width and height, likewise.
         size: pixels that each side of the crop is to have at least, if it has.
-        room: which of this thread's rooms is used, from 0 to 7.
+        room: which of this thread's rooms is used, from 0 to 15.
     Raises:
         DecodeError: the picture does not decode.
     """
