@@ -18,7 +18,7 @@ TEST_PROCESSES ?= 2
 
 setup: $(STAMP)
 
-$(STAMP): requirements.lock pyproject.toml
+$(STAMP): requirements.lock pyproject.toml data_shards/resize.c
 	@echo "Installing into .venv (8.6 GB, some minutes) ..."
 	$(PYTHON) -m venv .venv
 	$(BIN)/pip install --quiet --disable-pip-version-check --requirement requirements.lock

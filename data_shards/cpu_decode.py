@@ -27,8 +27,10 @@ _TOGETHER = 16
 """Images that a thread takes at a time, at most: more of them wait less for the interpreter's lock."""
 _TASKS = 4
 """Such tasks for each thread, at least, among the batches that are in work."""
-_HEAD = 4096
-"""Bytes of a JPEG in which Exif is looked for."""
+_HEAD, _LONG_HEAD = 1024, 1 << 18
+"""Bytes of a JPEG whose segments are gone through, and those in which Exif is looked for where that does not end at tables."""
+_TABLES = (b"\xff\xdb", b"\xff\xc4", b"\xff\xc0", b"\xff\xc2")
+"""Markers that follow the application segments: quantisation, Huffman codes, a frame."""
 
 
 class CpuDecoder:
@@ -217,5 +219,13 @@ def _shrinking(times: float) -> int:
 
 
 def _plain_jpeg(encoded: NDArray[np.uint8]) -> bool:
+    """A JPEG whose application segments, in front of its tables, are none of Exif's."""
     head = encoded[:_HEAD].tobytes()
-    return head[:2] == b"\xff\xd8" and b"Exif" not in head
+    if head[:2] != b"\xff\xd8":
+        return False
+    at = 2
+    while at + 8 <= len(head) and head[at] == 0xFF and (0xE0 <= head[at + 1] <= 0xEF or head[at + 1] == 0xFE):
+        if head[at + 4 : at + 8] == b"Exif":
+            return False
+        at += 2 + 256 * head[at + 2] + head[at + 3]
+    return head[at : at + 2] in _TABLES or b"Exif" not in encoded[:_LONG_HEAD].tobytes()

@@ -151,9 +151,15 @@ class Plan:
         begin, end = self._starts[identities], self._starts[identities + 1]
         counts = end - begin
         segment = np.repeat(np.arange(len(counts)), counts)
-        samples = np.arange(counts.sum()) - np.repeat(np.cumsum(counts) - counts, counts) + begin[segment]
-        order = np.lexsort((random_bits(self.seed, _IMAGES, epoch, samples), segment))
-        return samples[order], counts
+        within = np.arange(counts.sum()) - np.repeat(np.cumsum(counts) - counts, counts)
+        first = begin[segment]
+        bits = random_bits(self.seed, _IMAGES, epoch, first + within)
+        # one sort of numbers, which is much faster than one of places: segment, random bits, and the place in the segment
+        low, high = (np.uint64(max(1, int(most).bit_length())) for most in (counts.max() - 1, len(counts) - 1))
+        keys = (segment.astype(np.uint64) << (np.uint64(64) - high)) | (bits >> (high + low) << low)
+        keys |= within.astype(np.uint64)
+        keys.sort()
+        return first + (keys & ((np.uint64(1) << low) - np.uint64(1))).astype(np.int64), counts
 
     def _make_schedule(self, epoch: int) -> Schedule:
         """Lays the groups, identity by identity, into P rows of T slots, then shuffles each row over the T steps.

@@ -143,6 +143,29 @@ def test_a_crop_is_of_the_picture_as_displayed():
         assert (image.int() - torch.tensor(colour)[:, None, None]).abs().max() <= 3
 
 
+SEGMENTS = {
+    "behind nothing": b"",
+    "behind JFIF": b"\xff\xe0\x00\x10JFIF\x00\x01\x01\x00\x00\x01\x00\x01\x00\x00",
+    "behind a comment of 3,000 bytes": b"\xff\xfe" + (3002).to_bytes(2, "big") + b"c" * 3000,
+    "behind a colour profile of 60,000 bytes": b"\xff\xe2" + (60_002).to_bytes(2, "big") + b"p" * 60_000,
+    "behind bytes that fill": b"\xff\xff\xff",
+}
+
+
+@pytest.mark.parametrize("before", SEGMENTS.values(), ids=SEGMENTS.keys())
+def test_orientation_is_found_wherever_exif_lies(before):
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    file = encode(quadrants(80, 40), ".jpg", quality=95, subsampling=0, exif=exif).tobytes()
+    begin = file.index(b"\xff\xe1")
+    assert file[begin + 4 : begin + 8] == b"Exif"
+    length = 2 + int.from_bytes(file[begin + 2 : begin + 4], "big")
+    rest = file[2:begin] + file[begin + length :]  # without its Exif
+    moved = np.frombuffer(file[:2] + before + file[begin : begin + length] + rest, np.uint8)
+    image = decode([moved], parameters(1, anchor=(0, 0), shape=(0.5, 0.5)))[0]
+    assert (image.int() - torch.tensor(BLUE)[:, None, None]).abs().max() <= 3
+
+
 def test_a_mirror_swaps_left_and_right_of_the_pictures_it_is_given_for():
     picture = encode(quadrants(32, 32))
     kept, mirrored = decode([picture] * 2, parameters(2, mirror=[0, 1]), size=32)

@@ -6,6 +6,7 @@ from itertools import pairwise
 import numpy as np
 import pytest
 
+from data_shards.counter_random import random_bits
 from data_shards.plan import Plan, PlanConfig, PlanSummary, contiguous_slice, per_rank
 
 HEAVY_TAIL = [40, 23, 11, 9, 8, 7, 7, 6, 5, 5, 4, 4, 4, 3, 3, 2, 2, 2, 1, 1]
@@ -117,6 +118,20 @@ def test_steps_repeats_and_groups_left_out_by_hand(groups, p, summary):
     plan = make_plan([3 * count for count in groups], p, k=3)
     assert plan.summary() == summary
     assert plan.steps_per_epoch == summary.steps_per_epoch
+
+
+def test_an_identitys_images_come_in_the_order_of_their_random_numbers():
+    """Group by group through an epoch; identities of very different sizes, the largest first and last."""
+    counts = [700, 2, 9, 64, 65, 3, 1024]
+    plan = Plan(np.append(0, np.cumsum(counts)), PlanConfig(identities_per_batch=2, images_per_identity=4), seed=5)
+    for identities in ([0], [1, 6], [6, 2, 0, 5], list(range(7))):
+        found, sizes = plan._shuffled(3, np.array(identities, np.int32))
+        wanted = []
+        for identity in identities:
+            samples = range(sum(counts[:identity]), sum(counts[: identity + 1]))
+            wanted += sorted(samples, key=lambda sample: int(random_bits(5, 2, 3, sample)[0]))
+        assert found.tolist() == wanted
+        assert sizes.tolist() == [counts[identity] for identity in identities]
 
 
 def test_an_epoch_draws_every_image_once_where_groups_come_out_even():
