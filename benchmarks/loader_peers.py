@@ -309,7 +309,9 @@ def spdl(work: Work) -> Batches:
         frames = [spdl.io.decode_packets(spdl.io.demux_image(encoded), filter_desc=filter_desc) for encoded in part]
         return spdl.io.to_torch(spdl.io.convert_frames(frames))
 
-    source = _parts([encoded.tobytes() for encoded in _encoded(work)])
+    pictures = [encoded.tobytes() for encoded in _encoded(work)]
+    batch(pictures[:1])  # without FFmpeg's libraries the pipeline would wait for ever
+    source = _parts(pictures)
     builder = PipelineBuilder().add_source(source).pipe(batch, concurrency=max(1, work.workers)).add_sink(4)
     pipeline = builder.build(num_threads=max(1, work.workers))
     with pipeline.auto_stop():

@@ -107,6 +107,7 @@ class Plan:
         self._group_counts = -(-counts[self._eligible] // config.images_per_identity)
         self.steps_per_epoch = steps or steps_of(self._group_counts, config.identities_per_batch)
         self._schedule = lru_cache(maxsize=2)(self._make_schedule)
+        self._places = lru_cache(maxsize=2)(self._make_places)
 
     def summary(self) -> PlanSummary:
         """What an epoch holds, repeats and leaves out, in groups of K images."""
@@ -130,14 +131,12 @@ class Plan:
         size = per_rank(self.config, world_size)
         epoch, row = divmod(step, self.steps_per_epoch)
         schedule = self._schedule(epoch)
-        position = np.arange(rank * size, (rank + 1) * size)
-        column, within = np.divmod(position, self.config.images_per_identity)
-        first, last = int(column[0]), int(column[-1]) + 1
+        column, within, first, last = self._places(rank * size, (rank + 1) * size)
         identities, groups = schedule.identities[row, first:last], schedule.groups[row, first:last]
         images, counts = self._shuffled(epoch, identities)
-        nth = groups[column - first] * self.config.images_per_identity + within
-        visits, nth = np.divmod(nth, counts[column - first])
-        return Draws(epoch, images[(np.cumsum(counts) - counts)[column - first] + nth], visits)
+        nth = groups[column] * self.config.images_per_identity + within
+        visits, nth = np.divmod(nth, counts[column])
+        return Draws(epoch, images[(np.cumsum(counts) - counts)[column] + nth], visits)
 
     def batches(self, start: int, rank: int, world_size: int, stop: int | None = None) -> Iterator[Draws]:
         """`batch(step, rank, world_size)` for the steps from `start` on, up to `stop` (none: for ever)."""
@@ -145,6 +144,12 @@ class Plan:
         while stop is None or step < stop:
             yield self.batch(step, rank, world_size)
             step += 1
+
+    def _make_places(self, begin: int, end: int) -> tuple[Ints, Ints, int, int]:
+        """Of some draws of a batch the identity, from the first one on, and the image in its group; that one, the last + 1."""
+        identity, within = np.divmod(np.arange(begin, end), self.config.images_per_identity)
+        first = int(identity[0])
+        return identity - first, within, first, int(identity[-1]) + 1
 
     def _shuffled(self, epoch: int, identities: NDArray[np.int32]) -> tuple[Ints, Ints]:
         """Sample ids of some identities, each identity's shuffled for this epoch, one after the other; and their counts."""
