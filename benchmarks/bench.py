@@ -107,8 +107,8 @@ JOBS: dict[str, tuple[str, Callable[[dict[str, Any]], Ratios]]] = {
     "mining": ("mining.py --rounds 3 --sizes 1024x128 4096x128 8192x128", of_mining),
     "convert": ("convert.py --pictures 8000 --rounds 5", of_convert),
     "search": ("search.py --rounds 3 --gallery 100000 --pairs 20000 --approximate 0", of_search),
-    "train_step": ("train_step.py --only loop exchange --steps 12", of_train_step),
-    "loader": ("loader.py --pictures 224x224 --sizes 112 --rounds 5 --workers 2", of_loader),
+    "train_step": ("train_step.py --only loop exchange --steps 8", of_train_step),
+    "loader": ("loader.py --pictures 224x224 --sizes 112 --rounds 3 --workers 2", of_loader),
     "run": ("run.py --rounds 2 --steps 5 --warmup 2", of_run),
     "peers_loop": ("peers_loop.py --rounds 3 --steps 1 --workers 1 --batches 16x4 --identities 60 20", of_peers_loop),
 }

@@ -10,7 +10,7 @@ MEASURED = {
     (160, 56): 115e-6, (160, 112): 142e-6, (160, 224): 200e-6, (224, 112): 230e-6, (224, 224): 286e-6, (320, 56): 216e-6,
     (320, 112): 251e-6, (320, 224): 409e-6,
 }  # fmt: skip
-"""CPU seconds of the whole loader, by side of the picture and of the batch: one decoding thread, synthetic JPEGs of 5 to 12 KB, on a
+"""CPU seconds of the whole loader, by side of the picture and of the batch: one decoding thread, synthetic JPEGs of 5 to 12 KB, a
 quiet AMD EPYC, 2026-11-28, medians of five. Calibrate for your pictures and machine."""
 ENGINE_PIXELS_PER_S, ENGINE_S = 200e6, 50e-6
 """Of one core of the GPU's JPEG decoder, and its time for a picture of any size. Assumed: nobody publishes it for faces."""
