@@ -17,7 +17,6 @@ WAYS = {
     "c": pytest.param(resize.by_c, marks=pytest.mark.skipif(not resize.compiled(), reason="resize.c is not compiled")),
     "pytorch": resize.by_pytorch,
 }
-RANDOM_BITS = int(Path("/proc/sys/vm/mmap_rnd_bits").read_text()) if Path("/proc/sys/vm/mmap_rnd_bits").exists() else 0
 SHAPES = [
     (5, 9, 8),
     (64, 64, 64),
@@ -181,10 +180,13 @@ int main(void)
 
 
 @pytest.mark.skipif(shutil.which("gcc") is None, reason="no gcc")
-@pytest.mark.skipif(
-    RANDOM_BITS > 28, reason="addresses are more random than gcc's sanitizer can bear: vm.mmap_rnd_bits"
-)
 def test_under_the_sanitizers_of_addresses_and_of_undefined_behaviour(tmp_path):
+    try:
+        random_bits = int(Path("/proc/sys/vm/mmap_rnd_bits").read_text())
+    except (OSError, ValueError):  # root alone may read it
+        random_bits = None
+    if random_bits is None or random_bits > 28:
+        pytest.skip(f"vm.mmap_rnd_bits is {random_bits}: gcc's sanitizer bears 28 at most")
     (tmp_path / "driver.c").write_text(DRIVER)
     flags = ("-O1", "-g", "-Wall", "-Wextra", "-Werror", "-fno-sanitize-recover=all", "-fsanitize=address,undefined")
     # a clone for each CPU is chosen before the sanitizer has begun, and dies there
