@@ -27,7 +27,6 @@ struct crop {
     int64_t stride;         /* bytes from row to row */
     int32_t width, height;  /* at least 1 */
     int32_t mirror;         /* 1 swaps left and right */
-    int32_t unused;
 };
 
 /* What each of `size` places sums: `used` pixels from `first`, with `weights`, rows of `most`, 0 behind those used. */

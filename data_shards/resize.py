@@ -26,10 +26,10 @@ _CROP = np.dtype(
         ("width", np.int32),
         ("height", np.int32),
         ("mirror", np.int32),
-        ("unused", np.int32),
-    ]
+    ],
+    align=True,
 )
-"""As struct crop of `resize.c`."""
+"""As struct crop of `resize.c`, which ends on a multiple of 8 bytes."""
 
 
 def compiled() -> bool:
@@ -61,7 +61,7 @@ def by_c(out: NDArray[np.uint8], crops: Sequence[Pixels], mirrors: Sequence[int]
         pixels = crop if crop.strides[1:] == (3, 1) else np.ascontiguousarray(crop)
         kept.append(pixels)
         height, width, _ = pixels.shape
-        rows.append((_address(pixels), pixels.strides[0], width, height, mirror, 0))
+        rows.append((_address(pixels), pixels.strides[0], width, height, mirror))
     described = np.array(rows, _CROP)
     if function(_address(described), len(rows), out.shape[1], _address(out)):
         raise MemoryError("no memory to resize pictures with")
